@@ -1,0 +1,1561 @@
+"""amago_min: AMAGO [1], in-context reinforcement learning, in one file that reads like the paper.
+
+One causal Transformer reads the whole rollout: what the agent saw, what it did, what it got.
+Whatever has to be remembered or inferred (an earlier card, the rules of this maze, which arm pays)
+is in its input, so remembering and adapting is nothing but attention over the past. An actor and an
+ensemble of critics sit on the Transformer's outputs; they learn off-policy from a replay buffer of
+whole rollouts, for many discount factors at once, in ONE update with ONE optimiser.
+
+    python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
+    python amago_min.py --env popgym:AutoencodeEasy --env-steps 500000 --out runs/autoencode
+    python amago_min.py --env gym:Pendulum-v1 --size small --seed 3
+    python amago_min.py --eval runs/autoencode --eval-episodes 200
+    python amago_min.py --help                             # every option, with default and meaning
+
+How to read it
+    15 minutes      Config, Trajectory (the picture), Agent.loss, train
+    architecture    SigmaLinear -> StableBlock -> Transformer -> TimestepEncoder -> Actor, Critics
+    data            Trajectory -> Collector -> ReplayBuffer -> Agent.loss
+    steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
+
+Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
+              G discount factors    C critics      A actions or action dimensions
+              N parallel environments              K slots of the instruction
+Conventions   tensors are batch first; masks are bool, True = a real step; the LAST gamma acts.
+
+References
+    [1] Grigsby, Fan, Zhu. AMAGO: Scalable In-Context RL for Adaptive Agents. ICLR 2024.
+    [2] Zhai et al. Stabilizing Transformer Training by Preventing Attention Entropy Collapse. 2023.
+    [3] Shleifer, Weston, Ott. NormFormer: Improved Transformer Pretraining. 2021.
+    [4] van Hasselt et al. Learning Values across Many Orders of Magnitude (PopArt). NeurIPS 2016.
+    [5] Chen et al. Randomized Ensembled Double Q-Learning (REDQ). ICLR 2021.
+    [6] Wang et al. Critic Regularized Regression (CRR). NeurIPS 2020.
+    [7] Su et al. RoFormer: Transformer with Rotary Position Embedding. 2021.
+    [8] Morad et al. POPGym: Benchmarking Partially Observable RL. ICLR 2023.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import envs as environments
+
+# ==================================================================================================
+# 1. Config
+#    One dataclass is the only place where an option lives: its fields are the command line's flags,
+#    its defaults the defaults, its help texts `--help`, and its values `config.json`.
+# ==================================================================================================
+
+# --size: width D, layers, heads H, feed-forward width, width of the actor's and critics' layers,
+# learning rate. `paper` is the POPGym column of [1] Table 3.
+SIZES = {
+    "nano": dict(width=64, layers=2, heads=4, ff=256, hidden=128, lr=1e-3),
+    "small": dict(width=128, layers=2, heads=8, ff=512, hidden=256, lr=5e-4),
+    "paper": dict(width=256, layers=3, heads=8, ff=1024, hidden=256, lr=2e-4),
+}
+POSITIONS = ("rotary", "learnable", "sinusoidal")
+
+
+def option(default, help, choices=None, low=None, high=None):
+    """A Config field: its default, its help text, and what it may be (choices, or low..high)."""
+    meta = dict(help=help, choices=choices, low=low, high=high)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass
+class Config:
+    """All options. `Config(env="gym:CartPole-v1", lr=3e-4)` in Python, `--env ... --lr` in a shell.
+
+    Raises ValueError, in one line, for a value that is out of range.
+    """
+    # what to run
+    env: str = option("popgym:RepeatPrevious", "environment, suite:Name (python envs.py lists them)")
+    size: str = option("nano", "size of the agent", choices=tuple(SIZES))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one")
+    seed: int = option(0, "seed of everything random", low=0)
+    threads: int = option(0, "CPU threads of torch; 0 leaves torch's own choice", low=0)
+    # when to stop, what to write
+    env_steps: int = option(1_000_000, "stop after so many environment steps", low=1)
+    target_return: str = option("auto", "stop once an evaluation reaches this return: a number, none,"
+                                " or auto = the environment's known maximum less 1 %%")
+    out: str = option("", "folder to write to; default runs/<env>-<seed>")
+    eval: str = option("", "no training: evaluate the agent saved in this folder")
+    eval_every: int = option(1000, "env steps between evaluations, and at least a tenth of the steps"
+                             " so far, so that a long run spends little time on it", low=1)
+    eval_episodes: int = option(64, "whole episodes per evaluation", low=1)
+    # data
+    parallel_envs: int = option(16, "environments that act side by side", low=1)
+    steps_per_update: float = option(8.0, "environment steps per gradient update", low=0.01)
+    buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
+    explore_steps: int = option(200_000, "env steps over which exploration noise is annealed", low=1)
+    context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
+    # learning
+    batch: int = option(24, "rollouts per update", low=1)
+    lr: float = option(0.0, "learning rate; 0 takes the one that goes with --size", low=0, high=1)
+    warmup: int = option(100, "updates over which the learning rate rises from 0", low=1)
+    weight_decay: float = option(1e-3, "AdamW's decoupled weight decay", low=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient", low=0)
+    gammas: list = option([.1, .9, .95, .97, .99, .995, .999],
+                          "discount factors learned side by side; the last one acts", low=0, high=1)
+    critics: int = option(4, "critics in the ensemble", low=2)
+    tau: float = option(.003, "speed of the target networks", low=0, high=1)
+    positions: str = option("rotary", "how attention knows the time", choices=POSITIONS)
+    bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
+                                       " the agent sees the clock ([1], finite horizon)")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            flag, value, rule = "--" + field.name.replace("_", "-"), getattr(self, field.name), \
+                field.metadata
+            if rule["choices"] and value not in rule["choices"]:
+                raise ValueError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}"
+                                 f"{nearest(value, rule['choices'])}")
+            for number in value if isinstance(value, list) else [value]:
+                if rule["low"] is not None and not number >= rule["low"]:
+                    raise ValueError(f"{flag} {number} is too small: the least is {rule['low']}")
+                if rule["high"] is not None and not number <= rule["high"]:
+                    raise ValueError(f"{flag} {number} is too large: the most is {rule['high']}")
+        if not self.gammas or max(self.gammas) >= 1:
+            raise ValueError("--gammas needs one or more numbers in [0, 1); the last one acts")
+        if self.target_return not in ("auto", "none"):
+            try:
+                float(self.target_return)
+            except ValueError:
+                raise ValueError(f"--target-return {self.target_return!r} is neither a number nor"
+                                 " none nor auto") from None
+
+    def learning_rate(self):
+        return self.lr or SIZES[self.size]["lr"]
+
+    def torch_device(self):
+        """The device to compute on. Raises ValueError if it is not there."""
+        name = self.device
+        if name == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=name)
+            return torch.device(name)
+        except (RuntimeError, AssertionError):
+            there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+            raise ValueError(f"--device {name!r} is not here; there is {', '.join(there)}") from None
+
+
+def nearest(word, words):
+    """Ends an error message with the nearest valid choice, if one is near.
+
+    nearest("smal", ["nano", "small"]) -> "; did you mean small?"
+    """
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ==================================================================================================
+# 2. The stable Transformer ([1] App. A.3, Fig. 16)
+#    RL wants attention that is far sharper than language does ("look at exactly the card three
+#    steps ago"), and a plain pre-norm Transformer gets there by growing its queries and keys until
+#    attention saturates and its gradient dies. Three changes keep every activation bounded:
+#    sigma-reparametrised projections [2], extra layer norms and a scale per head [3], and Leaky
+#    ReLU everywhere. No dropout: nothing here ever sees a sample often enough to memorise it.
+# ==================================================================================================
+
+class SigmaLinear(nn.Module):
+    """Linear layer whose spectral norm is one learned number, whatever its weights do [2].
+
+        W_hat = (gamma / sigma(W)) W,    y = W_hat x + b,    sigma(W) = u' W v
+
+    u, v are running estimates of W's leading singular vectors: one step of power iteration per
+    training forward, none in eval mode. They take no gradient; W gets one through sigma(W) too.
+    Initialised with a truncated normal (std 0.02), u and v from the SVD, b = 0, gamma = 1.
+
+    forward: x (..., d_in) -> (..., d_out).
+    """
+
+    def __init__(self, d_in, d_out, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(d_out, d_in), std=0.02))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.gamma = nn.Parameter(torch.ones(()))
+        left, _, right = torch.linalg.svd(self.weight.detach(), full_matrices=False)
+        self.register_buffer("u", left[:, 0].clone())    # (d_out,)
+        self.register_buffer("v", right[0].clone())      # (d_in,)
+
+    def scaled_weight(self):
+        """W_hat (d_out, d_in): the weight that is really applied."""
+        u, v = self.u, self.v
+        if self.training:
+            with torch.no_grad():
+                u = F.normalize(self.weight @ v, dim=0)
+        w_u = u @ self.weight                            # W'u (d_in,)
+        if self.training:
+            with torch.no_grad():
+                v = F.normalize(w_u, dim=0)
+                # New tensors were used above and are only now copied into the buffers: writing
+                # in place first would spoil the backward pass of an earlier forward.
+                self.u.copy_(u)
+                self.v.copy_(v)
+        return self.weight * (self.gamma / (w_u @ v))
+
+    def forward(self, x):
+        return F.linear(x, self.scaled_weight(), self.bias)
+
+
+class KVCache:
+    """What N environments have attended to so far, so that acting costs one token per step.
+
+    Environments reset at different times, so each has its own write position. A row that is longer
+    than the context is a ring: the newest token overwrites the oldest (slots are then not in order
+    of time, which attention does not mind: positions are in the keys).
+
+        slot      0    1    2    3             length
+        env 0   [ k0   k1   k2   --- ]           3       --- = not written: NaN, masked out
+        env 1   [ k4   k5   k2   k3  ]           6       4 slots: k4 and k5 replaced k0 and k1
+
+    Unwritten keys are NaN so that a mistake in the mask is loud. Values are zero instead, because a
+    masked weight of exactly 0 times NaN would still be NaN.
+
+    keys, values: (layers, N, H, context, d_head); length: (N,) numpy, tokens since the reset.
+    """
+
+    def __init__(self, layers, n_envs, heads, context, d_head, device="cpu", dtype=torch.float32):
+        shape = (layers, n_envs, heads, context, d_head)
+        self.keys = torch.full(shape, math.nan, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.context = context
+        self.length = np.zeros(n_envs, dtype=np.int64)   # on the host: no read-back from a GPU
+        self.rows = torch.arange(n_envs, device=device)
+        self.begin_step()
+
+    def begin_step(self):
+        """Fix where this step's token goes in every layer, and which slots may be attended to."""
+        device = self.keys.device
+        self.width = int(min(self.length.max() + 1, self.context))
+        valid = np.arange(self.width) <= self.length[:, None]                 # (N, width)
+        self.slot = torch.from_numpy(self.length % self.context).to(device)   # (N,)
+        self.valid = None if valid.all() else torch.from_numpy(valid).to(device)
+
+    def append(self, layer, key, value):
+        """key, value (N, H, d_head) of this step -> all keys, values (N, H, width, d_head) so far,
+        and the mask (N, width) of slots that hold a token (None if all do)."""
+        self.keys[layer, self.rows, :, self.slot] = key
+        self.values[layer, self.rows, :, self.slot] = value
+        return (self.keys[layer, :, :, :self.width], self.values[layer, :, :, :self.width],
+                self.valid)
+
+    def end_step(self, done=None):
+        """Count this step's token; environments whose `done` (N,) is True start over empty."""
+        self.length += 1
+        if done is not None:
+            self.length[done] = 0
+        self.begin_step()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions [7]: turn each pair (x_i, x_{i + d/2}) by an angle proportional to time, so
+    that a query-key product depends on how long ago, not on when.
+
+    x (B, H, T, d), cos and sin (B or 1, 1, T, d/2) -> (B, H, T, d)
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head causal attention with a learned scale per head [3]: o_h <- s_h softmax(q k') v."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = SigmaLinear(width, 3 * width, bias=False)
+        self.out = SigmaLinear(width, width)
+        self.head_scale = nn.Parameter(torch.ones(heads, 1, 1))
+
+    def forward(self, x, rotation=None, cache=None, layer=0):
+        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache."""
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v, valid = cache.append(layer, k[:, :, 0], v[:, :, 0])    # (B, H, L, d)
+            score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
+            if valid is not None:
+                score = score.masked_fill(~valid[:, None, None], -math.inf)
+            y = score.softmax(-1) @ v
+        y = (self.head_scale * y).transpose(1, 2).reshape(B, T, D)
+        return self.out(y)
+
+
+class StableBlock(nn.Module):
+    """One Transformer block ([1] Fig. 16): pre-norm, plus a norm after attention (LN2) and one
+    inside the feed-forward (LN4), so that nothing enters the residual stream unnormalised.
+
+        x <- x + LN2(attention(LN1(x)))
+        x <- x + W2 LN4(leaky_relu(W1 LN3(x)))
+    """
+
+    def __init__(self, width, heads, ff):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.norm4 = nn.LayerNorm(ff)
+        self.attention = CausalAttention(width, heads)
+        self.ff1, self.ff2 = SigmaLinear(width, ff), SigmaLinear(ff, width)
+
+    def forward(self, x, rotation=None, cache=None, layer=0):
+        """x (B, T, D) -> (B, T, D)"""
+        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer))
+        h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
+        return x + self.ff2(self.norm4(h))
+
+
+class Transformer(nn.Module):
+    """Causal Transformer over tokens. Two ways to run it that give the same numbers:
+
+        training   forward(x (B, T, D), time (B, T))          whole rollouts at once
+        acting     forward(x (N, 1, D), time (N, 1), cache)   one token, the past from the cache
+
+    Beyond `context` tokens: training cuts a random slice of `context` transitions, whose first
+    token sees nothing before it; acting slides, each token attends to the last `context` tokens.
+    The two agree exactly while a rollout is no longer than the context. After that a cached key of
+    layer 2 still carries what its token saw in layer 1, so acting remembers a little MORE than any
+    slice of training did (with one layer they agree exactly again).
+    """
+
+    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024):
+        super().__init__()
+        assert width % heads == 0 and width // heads % 2 == 0, "width / heads must be even"
+        self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
+        self.blocks = nn.ModuleList([StableBlock(width, heads, ff) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        dim = width // heads if positions == "rotary" else width
+        self.register_buffer("frequency", 10_000.0 ** (-torch.arange(0, dim, 2) / dim),
+                             persistent=False)                           # (dim / 2,)
+        if positions == "learnable":
+            self.table = nn.Parameter(torch.randn(horizon + 1, width) * 0.02)
+
+    def forward(self, x, time, cache=None):
+        """x (B, T, D), time (B, T) int: the step of the episode -> (B, T, D)"""
+        B, T, D = x.shape
+        assert D == self.width and time.shape == (B, T), (x.shape, time.shape)
+        rotation = None
+        if self.positions == "learnable":
+            x = x + self.table[time.clamp(max=self.horizon)]
+        else:
+            angle = time.unsqueeze(-1) * self.frequency                  # (B, T, dim / 2)
+            if self.positions == "rotary":
+                rotation = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+            else:
+                x = x + torch.cat([angle.sin(), angle.cos()], dim=-1)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, cache, layer)
+        return self.norm(x)
+
+    def new_cache(self, n_envs, context):
+        """An empty KVCache that fits this network, on its device."""
+        return KVCache(len(self.blocks), n_envs, self.heads, context, self.width // self.heads,
+                       self.frequency.device)
+
+
+# ==================================================================================================
+# 3. Timestep encoder ([1] App. A.1)
+#    Everything that happened at a step becomes one vector, one token: observation, previous action,
+#    previous reward, reset flag, clock, and the instruction if there is one. The instruction is
+#    part of every token, not a prompt, so that an agent without memory could read it too.
+# ==================================================================================================
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
+    vector: int = 0             # length of the observation vector, 0 if there is none
+    image: tuple = ()           # (height, width, channels) of the picture, () if there is none
+    instruction: tuple = ()     # (K, words per slot, vocabulary), () if there is none
+    discrete: bool = True
+    actions: int = 1            # A: number of actions, or dimensions of a continuous one
+    nvec: tuple = ()            # a MultiDiscrete action's factors; A is their product
+    horizon: int = 1            # longest possible rollout
+
+    @staticmethod
+    def of(env):
+        """Read the spec off a gymnasium.Env made by envs.make_env."""
+        spaces = observation_parts(env.observation_space)
+        parts = {name: space.shape for name, space in spaces.items()}
+        if "vector" in parts:
+            parts["vector"], = parts["vector"]
+        if "instruction" in parts:
+            parts["instruction"] += (int(spaces["instruction"].high.max()) + 1,)
+        action = env.action_space
+        if isinstance(action, gymnasium.spaces.Discrete):
+            parts.update(actions=int(action.n))
+        elif isinstance(action, gymnasium.spaces.MultiDiscrete):
+            nvec = tuple(int(n) for n in action.nvec)
+            parts.update(actions=math.prod(nvec), nvec=nvec)
+        else:
+            parts.update(discrete=False, actions=action.shape[0])
+        return Spec(horizon=int(env.horizon), **parts)
+
+    def to_env(self, action):
+        """The agent's actions (N,) or (N, A) as a list of what each environment's step takes."""
+        if not self.discrete:
+            return list(action)
+        return list(np.stack(np.unravel_index(action, self.nvec), -1)) if self.nvec \
+            else action.tolist()
+
+
+def observation_parts(space):
+    """{"vector" | "image" | "instruction": Box} of an observation space, Dict or plain Box."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return space.spaces
+    return {"image" if len(space.shape) == 3 else "vector": space}
+
+
+class RunningNorm(nn.Module):
+    """Normalise inputs by running statistics of RAW inputs ([1] App. A.1), per dimension.
+
+        beta_t = beta / (1 - (1 - beta)^t)      so that the first update counts fully
+        mean <- (1 - beta_t) mean + beta_t E[x],    square likewise with E[x^2]
+        y = (x - mean) / sqrt(square - mean^2),     only centred where x hardly varies
+    """
+
+    def __init__(self, dim, beta=1e-4):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("square", torch.ones(dim))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x, mask):
+        """x (..., dim), mask (...) of real entries."""
+        self.count += 1
+        step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
+        weight = mask.unsqueeze(-1) / mask.sum()
+        x = torch.where(mask.unsqueeze(-1), x, 0.0)
+        axes = tuple(range(x.dim() - 1))
+        self.mean.lerp_((x * weight).sum(axes), step)
+        self.square.lerp_((x * x * weight).sum(axes), step)
+
+    def forward(self, x):
+        std = (self.square - self.mean ** 2).clamp(min=0).sqrt()
+        return (x - self.mean) / torch.where(std > 0.01, std, 1.0)
+
+
+class TimestepEncoder(nn.Module):
+    """One token per step from everything that happened at it: (B, T, ...) -> (B, T, D).
+
+    The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
+    normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
+    A picture goes through a small CNN, an instruction through an embedding per word and a linear
+    layer that sees all words in order.
+    """
+
+    def __init__(self, spec, width, hidden):
+        super().__init__()
+        self.spec = spec
+        d_in = 3 + spec.actions + spec.vector
+        self.norm = RunningNorm(d_in)
+        if spec.image:
+            self.cnn = nn.Sequential(
+                nn.Conv2d(spec.image[2], 32, 3, 2, 1), nn.LeakyReLU(),
+                nn.Conv2d(32, 64, 3, 2, 1), nn.LeakyReLU(),
+                nn.Conv2d(64, 64, 3, 2, 1), nn.LeakyReLU(), nn.Flatten())
+            height, across = (-(-side // 8) for side in spec.image[:2])   # halved three times
+            self.image_out = nn.Sequential(nn.Linear(64 * height * across, hidden),
+                                           nn.LayerNorm(hidden))
+            d_in += hidden
+        if spec.instruction:
+            slots, words, vocabulary = spec.instruction
+            self.embedding = nn.Embedding(vocabulary, 16)
+            self.instruction_out = nn.Sequential(nn.Linear(slots * words * 16, hidden),
+                                                 nn.LayerNorm(hidden))
+            d_in += hidden
+        self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.LeakyReLU(inplace=True),
+                                 nn.Linear(hidden, width), nn.LayerNorm(width))
+
+    def forward(self, tokens, mask=None):
+        """tokens: dict of obs (dict), action, reward, reset, time, each (B, T, ...), see
+        `Trajectory`; mask (B, T): update the statistics with these tokens (training only)."""
+        spec, time = self.spec, tokens["time"]
+        started = (time > 0).unsqueeze(-1)                               # (B, T, 1)
+        action = tokens["action"]
+        if spec.discrete:
+            action = F.one_hot(action, spec.actions)
+        flat = torch.cat([tokens["reset"].unsqueeze(-1).float(), tokens["reward"].unsqueeze(-1),
+                          time.unsqueeze(-1) / spec.horizon, action * started]
+                         + ([tokens["obs"]["vector"]] if spec.vector else []), dim=-1)
+        if mask is not None:
+            self.norm.update(flat, mask)
+        parts = [self.norm(flat)]
+        if spec.image:
+            image = tokens["obs"]["image"].flatten(0, 1).permute(0, 3, 1, 2)   # (BT, C, H, W)
+            parts.append(self.image_out(self.cnn(image / 128 - 1)).unflatten(0, time.shape))
+        if spec.instruction:
+            words = self.embedding(tokens["obs"]["instruction"].long())  # (B, T, K, words, 16)
+            parts.append(self.instruction_out(words.flatten(2)))
+        return self.mlp(torch.cat(parts, dim=-1))
+
+
+# ==================================================================================================
+# 4. Actor, critics, PopArt ([1] App. A.2, A.4)
+#    Both heads answer for all G discount factors at once: gamma = .1 is an easy problem that shapes
+#    the Transformer's features within minutes, gamma = .999 is the one that we want solved.
+# ==================================================================================================
+
+class Categorical:
+    """Policies over A discrete actions, from logits (..., G, A)."""
+
+    def __init__(self, logits):
+        self.log_probs = logits.log_softmax(-1)
+        self.probs = self.log_probs.exp()
+
+    def sample(self):
+        """-> (..., G) int"""
+        uniform = torch.rand_like(self.probs[..., :1])
+        return (self.probs.cumsum(-1) < uniform).sum(-1).clamp(max=self.probs.shape[-1] - 1)
+
+    def log_prob(self, action):
+        """action (...) int -> (..., G): what each gamma's policy makes of the same action"""
+        index = action[..., None, None].expand(self.log_probs.shape[:-1] + (1,))
+        return self.log_probs.gather(-1, index).squeeze(-1)
+
+
+class TanhGaussian:
+    """Policies over continuous actions in (-1, 1)^A: a = tanh(m + s * noise), from (..., G, 2A).
+
+        log s = -5 + 3.5 (tanh(raw) + 1)  in [-5, 2]
+        log pi(a) = sum_i log N(atanh a_i; m_i, s_i) - log(1 - a_i^2)
+    """
+
+    def __init__(self, params):
+        self.mean, raw = params.chunk(2, dim=-1)
+        self.log_std = -5 + 3.5 * (raw.tanh() + 1)
+
+    def sample(self):
+        """-> (..., G, A), with a gradient to mean and std"""
+        return torch.tanh(self.mean + self.log_std.exp() * torch.randn_like(self.mean))
+
+    def log_prob(self, action):
+        """action (..., A) -> (..., G). Actions that noise pushed to the border are pulled back a
+        little: atanh(1) is infinite."""
+        action = action.clamp(-0.995, 0.995).unsqueeze(-2)
+        noise = (torch.atanh(action) - self.mean) / self.log_std.exp()
+        log_normal = -0.5 * noise ** 2 - self.log_std - 0.5 * math.log(2 * math.pi)
+        return (log_normal - torch.log(1 - action ** 2)).sum(-1)
+
+
+class Actor(nn.Module):
+    """G policies on one MLP: s (..., D) -> Categorical (..., G, A) or TanhGaussian (..., G, 2A)."""
+
+    def __init__(self, width, actions, num_gammas, hidden, discrete=True):
+        super().__init__()
+        self.discrete, self.num_gammas = discrete, num_gammas
+        outputs = actions if discrete else 2 * actions
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU(inplace=True),
+                                 nn.Linear(hidden, hidden), nn.LeakyReLU(inplace=True),
+                                 nn.Linear(hidden, num_gammas * outputs))
+
+    def forward(self, s):
+        # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
+        out = self.mlp(s.flatten(0, -2))
+        out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
+        return Categorical(out) if self.discrete else TanhGaussian(out)
+
+
+class Critics(nn.Module):
+    """C independent Q-networks for G discount factors, as one batched MLP.
+
+        discrete      critics(s)        s (..., D)                       -> (..., C, G, A)
+        continuous    critics(s, a)     a (..., A), one action           -> (..., C, G)
+                      critics(s, a)     a (..., G, A), one per gamma     -> (..., C, G)
+
+    Discrete critics never see the action: all A values come out at once, so that the value of a
+    policy is an exact expectation, sum_a pi(a) Q(a).
+    """
+
+    def __init__(self, width, actions, num_gammas, num_critics, hidden, discrete=True):
+        super().__init__()
+        self.discrete, self.num_gammas, self.num_critics = discrete, num_gammas, num_critics
+        sizes = ([width, hidden, hidden, num_gammas * actions] if discrete else
+                 [width + actions, hidden, hidden, num_gammas])
+        # Each critic is initialised like nn.Linear: uniform in +-1 / sqrt(fan in).
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for d_in, d_out in zip(sizes[:-1], sizes[1:]):
+            bound = 1 / math.sqrt(d_in)
+            self.weights.append(torch.empty(num_critics, d_in, d_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(num_critics, 1, d_out).uniform_(-bound, bound))
+
+    def mlp(self, x):
+        """x (N, d_in) -> (C, N, d_out): every critic reads the same x."""
+        h = x.expand(self.num_critics, -1, -1)                           # a view: nothing copied
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            h = F.leaky_relu(torch.bmm(h, weight) + bias, inplace=True)
+        return torch.bmm(h, self.weights[-1]) + self.biases[-1]
+
+    def forward(self, s, action=None):
+        G, C, batch = self.num_gammas, self.num_critics, s.shape[:-1]
+        if self.discrete:
+            q = self.mlp(s.flatten(0, -2))                               # (C, N, G * A)
+            return q.view((C,) + batch + (G, -1)).movedim(0, -3)         # (..., C, G, A)
+        per_gamma = action.dim() > s.dim()
+        if per_gamma:                                                    # (..., G, D)
+            s = s.unsqueeze(-2).expand(batch + (G, s.shape[-1]))
+        q = self.mlp(torch.cat([s, action], dim=-1).flatten(0, -2))      # (C, N, G)
+        q = q.view((C,) + s.shape[:-1] + (G,)).movedim(0, -2)            # (..., [G,] C, G)
+        # Row i holds the action of gamma i; only gamma i's own output of it is wanted.
+        return q.diagonal(dim1=-3, dim2=-1) if per_gamma else q
+
+
+class PopArt(nn.Module):
+    """Learn values on one scale, whatever the rewards [4]: normalised targets, kept outputs.
+
+        normalize(y) = (y - mean) / std        call: w x + b, the raw output x on that scale
+        on new statistics    w <- w std_old / std_new
+                             b <- (std_old b + mean_old - mean_new) / std_new
+        so that denormalize(w x + b) is the same number before and after.
+
+    mean and std are running ones per gamma (weights as in RunningNorm), from masked targets.
+    Here it keeps critic and actor losses at a fixed ratio, so that no reward scale needs tuning.
+    """
+
+    def __init__(self, num_gammas, beta=5e-4):
+        super().__init__()
+        self.beta = beta
+        for name, value in dict(mean=0.0, square=1.0, w=1.0, b=0.0).items():
+            self.register_buffer(name, torch.full((num_gammas,), value))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def std(self):
+        return (self.square - self.mean ** 2).clamp(1e-8, 1e12).sqrt()   # (G,)
+
+    @torch.no_grad()
+    def update(self, targets, mask):
+        """targets (..., G), mask (...): take in new targets, rescale w and b to match."""
+        self.count += 1
+        step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
+        targets = torch.where(mask.unsqueeze(-1), targets, 0.0).flatten(0, -2)
+        old_mean, old_std = self.mean.clone(), self.std
+        self.mean.lerp_(targets.sum(0) / mask.sum(), step)
+        self.square.lerp_((targets ** 2).sum(0) / mask.sum(), step)
+        std = self.std
+        self.b.copy_((old_std * self.b + old_mean - self.mean) / std)
+        self.w.mul_(old_std / std)
+
+    def normalize(self, values):
+        return (values - self.mean) / self.std
+
+    def denormalize(self, normalized):
+        return normalized * self.std + self.mean
+
+    def forward(self, raw):
+        return self.w * raw + self.b
+
+
+# ==================================================================================================
+# 5. Losses ([1] App. A.2)
+#    Written as plain functions of tensors, so that each can be checked by hand and copied.
+# ==================================================================================================
+
+def masked_mean(x, mask):
+    """Mean of x (B, T, ...) over the real steps, mask (B, T), and all trailing dimensions."""
+    mask = mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))
+    return torch.where(mask, x, 0.0).sum() / mask.expand_as(x).sum()
+
+
+def random_subset_min(values, size=2):
+    """REDQ [5]: the minimum of `size` critics, drawn anew (with replacement) for every entry.
+
+    A minimum over all critics is too pessimistic, their mean too optimistic.
+    values (B, T, C, G) -> (B, T, G)
+    """
+    B, T, C, G = values.shape
+    pick = torch.randint(C, (B, T, size, G), device=values.device)
+    return values.gather(2, pick).amin(2)
+
+
+def td_targets(reward, done, next_value, gammas):
+    """One-step TD targets for every discount factor at once.
+
+        y_g = r + gamma_g (1 - d) V_g(s')
+
+    reward (B, T), done (B, T) bool, next_value (B, T, G), gammas (G,) -> (B, T, G)
+
+    r = 1, d = 0, V(s') = (2, 4), gammas (.5, .9) -> (2.0, 4.6);  with d = 1 -> (1, 1)
+    """
+    going_on = (~done).unsqueeze(-1)
+    return reward.unsqueeze(-1) + gammas * going_on * next_value
+
+
+def critic_loss(q, target, mask):
+    """Mean squared TD error, both sides normalised by PopArt.
+
+    q (B, T, C, G), target (B, T, G), mask (B, T) -> scalar
+    """
+    return masked_mean((q - target.unsqueeze(2)) ** 2, mask)
+
+
+def actor_loss(value, log_prob, advantage, mask):
+    """The two actor terms, each averaged over real steps and gammas.
+
+        online   -min_c PopArt(Q_c(s, pi))            climb the critics, as in DDPG
+        offline  -1[A > 0] log pi(a | s)              filtered behaviour cloning [6]: imitate what
+                  A = mean_c Q_c(s,a) - mean_c Q_c(s,pi)      the buffer did better than the policy
+
+    value (B, T, C, G), log_prob (B, T, G), advantage (B, T, G), mask (B, T) -> two scalars
+    """
+    online = -masked_mean(value.amin(2), mask)
+    better = advantage > 0
+    offline = -masked_mean(torch.where(better, log_prob, 0.0), mask)
+    return online, offline
+
+
+# ==================================================================================================
+# 6. Agent
+#    One forward pass of the Transformer over B whole rollouts serves every loss:
+#
+#      tokens 0..T --> encoder --> Transformer --> s_0 .. s_T
+#                                                   |-> critics(s_t) ----- TD loss x 10
+#                                                   |     ^ target = r + gamma target(s_t+1)
+#                                                   |-> actor(s_t) ------- -min_c Q(stop(s_t), pi)
+#                                                                          0.1 x filtered cloning
+#
+#    Who learns from what ([1] App. A.1; the shared update is unstable otherwise):
+#                              encoder, Transformer    actor    critics
+#      TD loss                         yes               -        yes
+#      online actor loss       through the actor        yes        NO
+#      filtered cloning        through the actor        yes        NO
+#    Target networks (slow copies) exist for actor and critics only; they read the online s_t+1.
+# ==================================================================================================
+
+CRITIC_WEIGHT, ONLINE_WEIGHT, OFFLINE_WEIGHT = 10.0, 1.0, 0.1    # [1] Table 4
+
+
+class Agent(nn.Module):
+    """Encoder, Transformer, actor, critics, their targets and PopArt.
+
+        call                       what                                      shape
+        trunk(tokens)              what the agent knows at every step        (B, T+1, D)
+        actor(s)                   G policies                                (..., G, A) or (..., G, 2A)
+        critics(s [, a])           C x G values, see Critics                 (..., C, G [, A])
+        act(tokens, cache)         an action per environment                 (N,) or (N, A)
+        loss(batch)                the training loss, and what to log        scalar, dict
+    """
+
+    def __init__(self, spec, config):
+        super().__init__()
+        dims, critics, G = SIZES[config.size], config.critics, len(config.gammas)
+        width, hidden = dims["width"], dims["hidden"]
+        self.spec = spec
+        self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
+        self.encoder = TimestepEncoder(spec, width, hidden)
+        self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
+                                       config.positions, spec.horizon)
+        self.actor = Actor(width, spec.actions, G, hidden, spec.discrete)
+        self.target_actor = Actor(width, spec.actions, G, hidden, spec.discrete)
+        self.critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
+        self.target_critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
+        self.popart = PopArt(G)
+        for p in [*self.target_actor.parameters(), *self.target_critics.parameters()]:
+            p.requires_grad_(False)
+        self.update_targets(tau=1.0)
+
+    @torch.no_grad()
+    def update_targets(self, tau):
+        """target <- (1 - tau) target + tau online, for the heads only."""
+        targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
+        online = [*self.actor.parameters(), *self.critics.parameters()]
+        torch._foreach_lerp_(targets, online, tau)
+
+    def trunk(self, tokens, mask=None, cache=None):
+        """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
+        return self.transformer(self.encoder(tokens, mask), tokens["time"], cache)
+
+    @torch.no_grad()
+    def act(self, tokens, cache):
+        """tokens of one step (N, 1, ...) -> actions (N,) or (N, A) of the last gamma's policy."""
+        assert not self.training, "act in eval mode: a training forward changes sigma's u and v"
+        s = self.trunk(tokens, cache=cache)[:, 0]                        # (N, D)
+        return self.actor(s).sample()[:, -1]
+
+    def loss(self, batch):
+        """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of tensors).
+
+            L = 10 L_TD + L_online + 0.1 L_offline
+        """
+        mask = batch["mask"]                                             # (B, T)
+        tokens, token_mask = clean_padding(batch["tokens"], mask)        # (B, T+1, ...)
+        action, reward = tokens["action"][:, 1:], tokens["reward"][:, 1:]
+        done = batch["done"] & mask                                      # (B, T)
+        B, T = mask.shape
+        G, C = len(self.gammas), self.critics.num_critics
+
+        s = self.trunk(tokens, token_mask)
+        now, after = s[:, :-1].contiguous(), s[:, 1:].detach().contiguous()
+        assert s.shape == (B, T + 1, self.transformer.width), s.shape
+
+        with torch.no_grad():
+            next_pi = self.target_actor(after)
+            if self.spec.discrete:
+                next_q = (self.target_critics(after) * next_pi.probs.unsqueeze(2)).sum(-1)
+            else:
+                next_q = self.target_critics(after, next_pi.sample())
+            assert next_q.shape == (B, T, C, G), next_q.shape
+            next_value = self.popart.denormalize(self.popart(random_subset_min(next_q)))
+            target = td_targets(reward, done, next_value, self.gammas)
+            assert target.shape == (B, T, G), target.shape
+            self.popart.update(target, mask)
+
+        # Critics at the action that was taken (q), and at the policy's (v) with neither the critics
+        # nor s in the graph, so that the actor's losses reach them through pi alone.
+        pi = self.actor(now)
+        if self.spec.discrete:
+            q_all = self.critics(now)                                    # (B, T, C, G, A)
+            index = action[..., None, None, None].expand(B, T, C, G, 1)
+            q = q_all.gather(-1, index).squeeze(-1)
+            v = (q_all.detach() * pi.probs.unsqueeze(2)).sum(-1)
+        else:
+            q = self.critics(now, action)
+            frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
+            v = torch.func.functional_call(self.critics, frozen, (now.detach(), pi.sample()))
+        assert q.shape == v.shape == (B, T, C, G), (q.shape, v.shape)
+
+        advantage = (q.mean(2) - v.mean(2)).detach()
+        log_prob = pi.log_prob(action)
+        assert advantage.shape == log_prob.shape == (B, T, G), log_prob.shape
+        td = critic_loss(self.popart(q), self.popart.normalize(target), mask)
+        online, offline = actor_loss(self.popart(v), log_prob, advantage, mask)
+        info = dict(critic_loss=td, actor_loss=online, bc_loss=offline,
+                    filter=masked_mean((advantage > 0).float(), mask),
+                    value=masked_mean(target[..., -1], mask))
+        return (CRITIC_WEIGHT * td + ONLINE_WEIGHT * online + OFFLINE_WEIGHT * offline,
+                {name: x.detach() for name, x in info.items()})
+
+
+def clean_padding(tokens, mask):
+    """Zero every padded entry, whatever its value (NaN too), so that none can matter.
+
+    tokens (B, T+1, ...), mask (B, T) of transitions -> tokens, mask of tokens (B, T+1)
+    """
+    token_mask = F.pad(mask, (1, 0), value=True)
+
+    def clean(x):
+        real = token_mask.view(token_mask.shape + (1,) * (x.dim() - 2))
+        return torch.where(real, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    cleaned = {name: clean(x) for name, x in tokens.items() if name != "obs"}
+    cleaned["obs"] = {name: clean(x) for name, x in tokens["obs"].items()}
+    return cleaned, token_mask
+
+
+# ==================================================================================================
+# 7. Replay ([1] section 4: whole trajectories, sampled uniformly)
+# ==================================================================================================
+
+@dataclasses.dataclass
+class Trajectory:
+    """One whole rollout of T transitions, hence T + 1 tokens.
+
+        step t              0            1            2                  T
+        token t          obs_0        obs_1        obs_2      ...     obs_T      T + 1
+                         reset_0      reset_1      reset_2            reset_T    T + 1
+                         (none)       action_0     action_1           action_T-1   what led here
+                         (0)          reward_0     reward_1           reward_T-1
+        transition t   action_0 --> action_1 --> action_2 ...                    T
+                       reward_0     reward_1     reward_2                        T
+                       done_0       done_1       done_2                          T
+
+    So token t holds what is known when action_t is chosen, and reward_t is first seen in token
+    t + 1. done = "nothing after this counts"; reset marks the first token of an inner episode.
+    """
+    obs: dict               # part name -> (T + 1, ...)
+    action: np.ndarray      # (T,) int64 or (T, A) float32
+    reward: np.ndarray      # (T,) float32
+    done: np.ndarray        # (T,) bool
+    reset: np.ndarray       # (T + 1,) bool
+    success: float = math.nan
+
+    def __len__(self):
+        return len(self.reward)
+
+
+class ReplayBuffer:
+    """Whole trajectories, first in first out, in flat preallocated arrays.
+
+    All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
+    then one fancy index per array, with no Python loop. `action`, `reward` and `done` are stored
+    with the token they led to (one zero in front), as the encoder reads them.
+    """
+
+    def __init__(self, spec, capacity, rng):
+        self.capacity, self.rng = capacity, rng
+        if capacity < spec.horizon + 1:
+            raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
+                             f" environment; the least is {spec.horizon + 1}")
+        shapes = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
+                      instruction=(spec.instruction[:2], np.int32))
+        # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
+        self.obs = {name: np.zeros((capacity,) + shape, dtype)
+                    for name, (shape, dtype) in shapes.items() if getattr(spec, name)}
+        self.action = (np.zeros(capacity, np.int64) if spec.discrete else
+                       np.zeros((capacity, spec.actions), np.float32))
+        self.reward = np.zeros(capacity, np.float32)
+        self.done = np.zeros(capacity, bool)
+        self.reset = np.zeros(capacity, bool)
+        # Ring of trajectories: the oldest is at `first`, there are `count`.
+        self.starts = np.zeros(capacity // 2 + 1, np.int64)
+        self.lengths = np.zeros(capacity // 2 + 1, np.int64)
+        self.first = self.count = self.write = 0
+
+    def __len__(self):
+        return self.count
+
+    def _evict(self, low, high):
+        """Drop the oldest trajectories for as long as they touch tokens low..high-1."""
+        while self.count:
+            start = self.starts[self.first]
+            if start >= high or start + self.lengths[self.first] + 1 <= low:
+                return
+            self.first = (self.first + 1) % len(self.starts)
+            self.count -= 1
+
+    def add(self, trajectory):
+        """Copy a trajectory of at most capacity - 1 steps in; the oldest make room."""
+        size = len(trajectory) + 1
+        if self.write + size > self.capacity:            # trajectories never wrap around the end
+            self._evict(self.write, self.capacity)
+            self.write = 0
+        self._evict(self.write, self.write + size)
+        here = slice(self.write, self.write + size)
+        for name, x in trajectory.obs.items():
+            self.obs[name][here] = x
+        self.reset[here] = trajectory.reset
+        for name in ("action", "reward", "done"):
+            getattr(self, name)[self.write] = 0
+            getattr(self, name)[self.write + 1:self.write + size] = getattr(trajectory, name)
+        slot = (self.first + self.count) % len(self.starts)
+        self.starts[slot], self.lengths[slot] = self.write, size - 1
+        self.count += 1
+        self.write += size
+
+    def sample(self, batch, context, device="cpu"):
+        """B rollouts drawn uniformly; of one longer than `context`, a random slice that long.
+
+        -> dict(tokens=dict(obs=dict, action, reward, reset, time), each (B, T+1, ...),
+                done (B, T), mask (B, T)), on `device`. T is the longest of the B.
+        """
+        pick = (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts)
+        length = np.minimum(self.lengths[pick], context)                 # (B,)
+        offset = self.rng.integers(self.lengths[pick] - length + 1)      # (B,)
+        steps = np.arange(length.max() + 1)
+        # Beyond a rollout's end its last token is repeated; the mask says that it is not real.
+        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
+        index = self.starts[pick][:, None] + time
+        mask = steps[:-1] < length[:, None]                              # (B, T)
+
+        def tensor(x):
+            return torch.from_numpy(x).to(device, non_blocking=True)
+        tokens = dict(obs={name: tensor(x[index]) for name, x in self.obs.items()},
+                      action=tensor(self.action[index]), reward=tensor(self.reward[index]),
+                      reset=tensor(self.reset[index]), time=tensor(time))
+        return dict(tokens=tokens, done=tensor(self.done[index[:, 1:]]), mask=tensor(mask))
+
+
+# ==================================================================================================
+# 8. Rollouts and exploration ([1] App. A.2, Fig. 13)
+# ==================================================================================================
+
+class Exploration:
+    """The randomised bi-level epsilon schedule.
+
+        epsilon = m [e_start - (e_start - e_end) t / horizon],      m ~ U(0, 1) anew at every reset
+
+    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades within
+    a rollout, where late steps need an early part that was played well, and over training. The
+    random m keeps some rollouts nearly greedy at any time.
+    Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
+    """
+
+    def __init__(self, spec, n_envs, anneal, rng):
+        self.spec, self.anneal, self.rng = spec, anneal, rng
+        self.multiplier = rng.uniform(size=n_envs)
+
+    def epsilon(self, time, env_steps):
+        """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""
+        done = min(1.0, env_steps / self.anneal)
+        start, end = 1.0 + (0.05 - 1.0) * done, 0.8 + (0.01 - 0.8) * done
+        return self.multiplier * (start - (start - end) * time / self.spec.horizon)
+
+    def __call__(self, action, time, env_steps):
+        """actions (N,) or (N, A) -> the same with noise"""
+        epsilon = self.epsilon(time, env_steps)
+        if self.spec.discrete:
+            other = self.rng.integers(self.spec.actions, size=len(action))
+            return np.where(self.rng.uniform(size=len(action)) < epsilon, other, action)
+        noise = self.rng.normal(size=action.shape).astype(np.float32)
+        return np.clip(action + epsilon[:, None].astype(np.float32) * noise, -1, 1)
+
+    def reset(self, done):
+        """done (N,) bool: draw a new multiplier for the rollouts that begin"""
+        self.multiplier[done] = self.rng.uniform(size=int(done.sum()))
+
+
+class BrokenEnvironment(RuntimeError):
+    """An environment broke its own contract; the message names environment, step and key."""
+
+
+class Collector:
+    """N environments side by side, one batched token per step.
+
+    `step` acts once in every environment and returns the trajectories that ended. Rollouts in the
+    making lie in arrays of (N, horizon + 1, ...) laid out as in ReplayBuffer.
+    """
+
+    def __init__(self, env, n_envs, agent, context, seed, exploration=None,
+                 bootstrap_truncated=False):
+        self.envs = [environments.make_env(env, seed=seed + i) for i in range(n_envs)]
+        self.name, self.agent, self.spec = env, agent, agent.spec
+        self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
+        self.device = next(agent.parameters()).device
+        context = min(context, self.spec.horizon) + 1     # tokens: one more than transitions
+        self.cache = agent.transformer.new_cache(n_envs, context)
+        N, H, spec = n_envs, self.spec.horizon + 1, self.spec
+        self.time = np.zeros(N, np.int64)
+        self.rows = np.arange(N)
+        self.obs = {}
+        self.action = np.zeros((N, H) if spec.discrete else (N, H, spec.actions),
+                               np.int64 if spec.discrete else np.float32)
+        self.reward = np.zeros((N, H), np.float32)
+        self.done = np.zeros((N, H), bool)
+        self.reset = np.zeros((N, H), bool)
+        self.env_steps = 0
+        first = [env.reset()[0] for env in self.envs]
+        for part, space in observation_parts(self.envs[0].observation_space).items():
+            self.obs[part] = np.zeros((N, H) + space.shape, space.dtype)
+        self._store(first)
+        self.reset[:, 0] = True
+
+    def _store(self, observations):
+        """Write every environment's newest observation at its own time, and check it."""
+        for part, store in self.obs.items():
+            rows = [o[part] for o in observations] if isinstance(observations[0], dict) \
+                else observations
+            try:
+                block = np.stack(rows)
+                store[self.rows, self.time] = block
+                bad = None if block.dtype == np.uint8 or np.isfinite(block).all() else "NaN or inf"
+            except ValueError:
+                bad = f"a shape other than {store.shape[2:]}"
+            if bad:
+                i = next(i for i, x in enumerate(rows) if np.shape(x) != store.shape[2:]
+                         or not np.isfinite(x).all())
+                raise BrokenEnvironment(f"{self.name}: {bad} in the observation's {part!r} at step"
+                                        f" {self.time[i]} (environment {i})")
+
+    def tokens(self):
+        """The newest token of every environment, each (N, 1, ...)."""
+        at = (self.rows, self.time)
+
+        def tensor(x):
+            return torch.from_numpy(x[at][:, None]).to(self.device, non_blocking=True)
+        return dict(obs={part: tensor(x) for part, x in self.obs.items()},
+                    action=tensor(self.action), reward=tensor(self.reward),
+                    reset=tensor(self.reset),
+                    time=torch.from_numpy(self.time[:, None]).to(self.device))
+
+    def step(self):
+        """Act once everywhere. -> [(environment, Trajectory)] of the rollouts that just ended"""
+        action = self.agent.act(self.tokens(), self.cache).cpu().numpy()
+        if self.exploration:
+            action = self.exploration(action, self.time, self.env_steps)
+        ended, finished, observations = np.zeros(len(self.envs), bool), [], []
+        self.time += 1
+        self.action[self.rows, self.time] = action
+        for i, (env, a) in enumerate(zip(self.envs, self.spec.to_env(action))):
+            obs, reward, terminated, truncated, info = env.step(a)
+            t = self.time[i]
+            if not math.isfinite(reward):
+                raise BrokenEnvironment(f"{self.name}: reward {reward} at step {t} (environment {i})")
+            self.reward[i, t] = reward
+            self.done[i, t] = terminated or (truncated and not self.bootstrap_truncated)
+            self.reset[i, t] = info.get("reset", False)
+            if terminated or truncated:
+                ended[i] = True
+                success = float(info.get("success", math.nan))
+                finished.append((i, obs, success))
+                obs, _ = env.reset()
+            observations.append(obs)
+        self.env_steps += len(self.envs)
+        trajectories = [(i, self._finish(i, obs, success)) for i, obs, success in finished]
+        self.time[ended] = 0
+        self._store(observations)
+        self.action[ended, 0], self.reward[ended, 0], self.reset[ended, 0] = 0, 0, True
+        self.cache.end_step(ended if finished else None)
+        if self.exploration and finished:
+            self.exploration.reset(ended)
+        return trajectories
+
+    def _finish(self, i, last_obs, success):
+        """Copy environment i's rollout out of the arrays."""
+        T = int(self.time[i])
+        obs = {}
+        for part, x in self.obs.items():
+            x[i, T] = last_obs[part] if isinstance(last_obs, dict) else last_obs
+            obs[part] = x[i, :T + 1].copy()
+        return Trajectory(obs, self.action[i, 1:T + 1].copy(), self.reward[i, 1:T + 1].copy(),
+                          self.done[i, 1:T + 1].copy(), self.reset[i, :T + 1].copy(), success)
+
+
+def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
+    """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
+
+    -> dict(return_mean, return_std, success, episodes); success is NaN where the environment does
+    not report it. Every environment plays the same number of episodes (those that end early do not
+    count twice), so `episodes` is rounded up to a multiple of the number of environments.
+    """
+    n_envs = min(episodes, max_envs)
+    quota = -(-episodes // n_envs)
+    was_training = agent.training
+    agent.eval()
+    collector = Collector(env, n_envs, agent, context, seed)
+    played, returns, success = np.zeros(n_envs, int), [], []
+    while played.min() < quota:
+        for i, trajectory in collector.step():
+            if played[i] < quota:
+                returns.append(float(trajectory.reward.sum()))
+                success.append(trajectory.success)
+            played[i] += 1
+    agent.train(was_training)
+    return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
+                success=float(np.mean(success)), episodes=len(returns))
+
+
+# ==================================================================================================
+# 9. Training
+#    Act once in every environment, learn `env steps / steps_per_update` times, and from time to time
+#    evaluate. Everything that a run writes goes through Log and save_checkpoint.
+# ==================================================================================================
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message describes the batch."""
+
+
+class Learner:
+    """The agent's one optimiser: AdamW over everything that learns, with warm-up and clipping."""
+
+    def __init__(self, agent, config):
+        self.agent, self.config, self.updates = agent, config, 0
+        self.trainable = [p for p in agent.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=config.learning_rate(),
+                                           weight_decay=config.weight_decay, fused=True)
+
+    def update(self, batch):
+        """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
+
+        Raises NonFiniteLoss before any weight has changed.
+        """
+        self.agent.train()
+        loss, info = self.agent.loss(batch)
+        self.agent.eval()
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(describe_batch(batch, loss, self.updates))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = (self.config.learning_rate()
+                           * min(1.0, (self.updates + 1) / self.config.warmup))
+        self.optimizer.step()
+        self.agent.update_targets(self.config.tau)
+        self.updates += 1
+        return info
+
+
+def describe_batch(batch, loss, updates):
+    """One line on the batch that broke the loss: what its arrays hold."""
+    tokens = batch["tokens"]
+    arrays = dict(reward=tokens["reward"], action=tokens["action"], **tokens["obs"])
+    ranges = ", ".join(f"{name} {x.float().min().item():.3g} .. {x.float().max().item():.3g}"
+                       for name, x in arrays.items())
+    return (f"loss is {loss.item()} at update {updates}; the batch has {len(batch['mask'])} rollouts"
+            f" with {int(batch['mask'].sum())} steps: {ranges}")
+
+
+class CatchInterrupt:
+    """Ctrl-C inside this `with` block sets `.caught`, so that a run ends between two updates with
+    everything consistent; a second Ctrl-C interrupts at once."""
+
+    def __enter__(self):
+        self.caught = False
+
+        def handler(number, frame):
+            if self.caught:
+                raise KeyboardInterrupt
+            self.caught = True
+        try:
+            self.previous = signal.signal(signal.SIGINT, handler)
+        except ValueError:                       # not in the main thread: Ctrl-C goes elsewhere
+            self.previous = None
+        return self
+
+    def __exit__(self, *_):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def train(config):
+    """The main job -> the folder that holds everything it wrote.
+
+    Raises UsageError before anything is written, KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
+    BrokenEnvironment; in each of the last three cases the checkpoint has been saved.
+    """
+    device = config.torch_device()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng(config.seed)
+    env = open_environment(config.env)
+    spec, goal = Spec.of(env), stopping_return(config, env)
+
+    agent = Agent(spec, config).to(device).eval()
+    learner = Learner(agent, config)
+    buffer = ReplayBuffer(spec, config.buffer_steps, rng)
+    exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
+    # Training and evaluation draw their environments' seeds from ranges that never meet.
+    train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
+    collector = Collector(config.env, config.parallel_envs, agent, config.context, train_seed,
+                          exploration, config.bootstrap_truncated)
+    log = Log(config, env, agent, goal)                       # from here on things are written
+    next_eval, first_update = 0, None
+    progress = tqdm(total=config.env_steps, unit=" steps", leave=False, disable=None,
+                    dynamic_ncols=True)
+    try:
+        with CatchInterrupt() as interrupt:
+            while not interrupt.caught:
+                # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
+                over = collector.env_steps >= config.env_steps
+                if over or collector.env_steps >= next_eval:
+                    score = evaluate(agent, config.env, config.eval_episodes, config.context,
+                                     eval_seed)
+                    log.row(score, collector.env_steps, learner.updates)
+                    if over or score["return_mean"] >= goal:
+                        break
+                    next_eval = collector.env_steps + max(config.eval_every,
+                                                          collector.env_steps // 10)
+                # 2. Act once in every environment.
+                with log.timer("acting"):
+                    for _, trajectory in collector.step():
+                        buffer.add(trajectory)
+                        log.returns.append(float(trajectory.reward.sum()))
+                progress.update(config.parallel_envs)
+                # 3. Learn, once every environment has finished a first rollout.
+                if len(buffer) < config.parallel_envs:
+                    continue
+                first_update = first_update or collector.env_steps
+                owed = (collector.env_steps - first_update) / config.steps_per_update
+                with log.timer("learning"):
+                    while learner.updates < owed:
+                        batch = buffer.sample(config.batch, config.context, device)
+                        log.infos.append(learner.update(batch))
+        if interrupt.caught:
+            raise KeyboardInterrupt
+    finally:
+        progress.close()
+        save_checkpoint(log.folder / "checkpoint.pt", config, agent, learner,
+                        env_steps=collector.env_steps)
+        log.finish()
+    return log.folder
+
+
+class UsageError(ValueError):
+    """The user asked for something that is not there; the message says what is. Exit code 2."""
+
+
+def open_environment(name):
+    """make_env, with its complaints about names and missing packages as UsageError."""
+    try:
+        return environments.make_env(name)
+    except (ValueError, ModuleNotFoundError) as problem:
+        raise UsageError(str(problem)) from problem
+
+
+def stopping_return(config, env):
+    """The mean return at which training stops; inf if it goes on until --env-steps."""
+    if config.target_return == "auto":
+        return math.inf if env.max_return is None else env.max_return - 0.01 * abs(env.max_return)
+    return math.inf if config.target_return == "none" else float(config.target_return)
+
+
+# ==================================================================================================
+# 10. What a run leaves behind: log.csv, curve.png, eval.json, config.json, checkpoint.pt
+# ==================================================================================================
+
+# Column of log.csv -> (heading and format in the console's table or None, meaning).
+COLUMNS = {
+    "env_steps": (("env steps", "11,.0f"), "environment steps so far"),
+    "updates": (("updates", "9,.0f"), "gradient updates so far"),
+    "seconds": (("seconds", "8.1f"), "training time so far: acting and learning, no evaluations"),
+    "return_mean": (("return", "8.3f"), "mean return of the evaluation's episodes"),
+    "return_std": (("+-", "6.3f"), "their standard deviation"),
+    "success": (("success", "8.2f"), "share of them that the environment calls a success, if any"),
+    "train_return": (("train", "7.3f"), "mean return of the rollouts since the last row, with noise"),
+    "critic_loss": (("critic", "8.3f"), "mean squared TD error in PopArt's units"),
+    "actor_loss": (("actor", "8.3f"), "minus the lowest critic's value of the policy, same units"),
+    "bc_loss": (None, "filtered behaviour cloning loss"),
+    "filter": (None, "share of replayed actions that the critics prefer to the policy"),
+    "value": (None, "mean TD target of the acting gamma, in units of reward"),
+    "grad_norm": (None, "norm of the gradient before clipping"),
+    "acting_per_s": (("acts/s", "8,.0f"), "environment steps per second spent acting"),
+    "updates_per_s": (("updates/s", "10.1f"), "updates per second spent learning"),
+}
+
+
+class Log:
+    """The files of one run, and the table on the console."""
+
+    def __init__(self, config, env, agent, goal):
+        self.config, self.env, self.rows = config, env, []
+        self.folder = output_folder(config)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.returns, self.infos, self.start = [], [], time.perf_counter()
+        self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__,
+                        numpy=np.__version__, gymnasium=gymnasium.__version__)
+        self._json("config.json", dict(dataclasses.asdict(config), versions=versions,
+                                       commit=git_commit(), command=" ".join(sys.argv)))
+        with open(self.folder / "log.csv", "w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+        parts = dict(encoder=agent.encoder, transformer=agent.transformer, actor=agent.actor,
+                     critics=agent.critics)
+        sizes = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
+        tqdm.write(f"{env.name}: rollouts of at most {env.horizon} steps; mean return "
+                   + ", ".join(f"{k} {v:g}" for k, v in env.references.items())
+                   + f"\n{sum(sizes.values()):,} parameters ("
+                   + ", ".join(f"{k} {n:,}" for k, n in sizes.items())
+                   + f") on {next(agent.parameters()).device}\n"
+                   + (f"stops at return {goal:g} or after " if goal < math.inf else "stops after ")
+                   + f"{config.env_steps:,} env steps\n")
+        shown = [c[0] for name, c in COLUMNS.items() if c[0]]
+        tqdm.write("".join(f"{title:>{width(spec)}}" for title, spec in shown))
+
+    @contextlib.contextmanager
+    def timer(self, what):
+        """Adds the seconds spent inside the `with` block to what = acting or learning."""
+        start = time.perf_counter()
+        yield
+        self.clock[what] += time.perf_counter() - start
+
+    def row(self, score, env_steps, updates):
+        """One evaluation: a row of log.csv and of the console's table."""
+        last = self.rows[-1] if self.rows else dict(env_steps=0, updates=0, acting=0., learning=0.)
+        row = dict(self.clock, **score, env_steps=env_steps, updates=updates,
+                   seconds=sum(self.clock.values()),
+                   train_return=np.mean(self.returns) if self.returns else math.nan)
+        for name in self.infos[0] if self.infos else ():
+            row[name] = torch.stack([info[name] for info in self.infos]).mean().item()
+        for name, count, clock in (("acting_per_s", "env_steps", "acting"),
+                                   ("updates_per_s", "updates", "learning")):
+            seconds = row[clock] - last[clock]
+            row[name] = (row[count] - last[count]) / seconds if seconds else math.nan
+        self.rows.append(row)
+        self.returns.clear()
+        self.infos.clear()
+        row = {name: row.get(name, math.nan) for name in COLUMNS}
+        with open(self.folder / "log.csv", "a", newline="") as file:
+            csv.writer(file).writerow("" if math.isnan(x) else x if isinstance(x, int) else f"{x:.6g}"
+                                      for x in row.values())
+        tqdm.write("".join("-".rjust(width(c[0][1])) if math.isnan(row[name])
+                           else format(row[name], c[0][1])
+                           for name, c in COLUMNS.items() if c[0]))
+
+    def finish(self):
+        """eval.json and curve.png from the rows so far, and a last line that says where."""
+        if not self.rows:
+            return
+        last = self.rows[-1]
+        self._json("eval.json", dict(
+            env=self.env.name, **{k: last[k] for k in ("return_mean", "return_std")},
+            success=None if math.isnan(last["success"]) else last["success"],
+            **{k: last[k] for k in ("episodes", "env_steps", "updates")},
+            train_seconds=last["seconds"], seed=self.config.seed))
+        plot_curve(self.rows, self.env, self.folder / "curve.png")
+        tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
+                   f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
+                   f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
+                   f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
+
+    def _json(self, name, content):
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def width(spec):
+    """Width of a format like '9,.0f' -> 9"""
+    return int(spec.split(".")[0].rstrip(","))
+
+
+def output_folder(config):
+    """--out, or the first of runs/<env>-<seed>, runs/<env>-<seed>-2, ... that is free.
+
+    A folder that holds a run already is never written to: UsageError.
+    """
+    if config.out:
+        if (Path(config.out) / "log.csv").exists():
+            raise UsageError(f"--out {config.out} already holds a run; choose another folder")
+        return Path(config.out)
+    stem = Path("runs") / f"{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
+    names = (stem if i == 1 else Path(f"{stem}-{i}") for i in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def git_commit():
+    """The commit of the folder that this file is in, with + if changed, or None."""
+    def git(*args):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *args], check=True,
+                              capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def plot_curve(rows, env, path):
+    """Return against env steps, one standard deviation shaded, with the known references."""
+    from matplotlib.figure import Figure       # here: half a second that --help need not wait for
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    x, mean, std = (np.array([row[k] for row in rows])
+                    for k in ("env_steps", "return_mean", "return_std"))
+    axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0, color="C0",
+                      label="one standard deviation over episodes")
+    axes.plot(x, mean, "o-", ms=3, color="C0", label="amago_min, mean of an evaluation")
+    labels = dict(random="random policy", best="best possible", paper="AMAGO paper")
+    for (name, y), style in zip(env.references.items(), (":", "--", "-.")):
+        axes.axhline(y, ls=style, color="0.3", lw=1.2, label=f"{labels[name]} ({y:g})")
+    axes.set(xlabel="environment steps", ylabel="return per episode", title=env.name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+# ==================================================================================================
+# 11. Checkpoint
+# ==================================================================================================
+
+def save_checkpoint(path, config, agent, learner, env_steps):
+    """Write everything that was learned, atomically: a crash leaves the previous file intact."""
+    state = dict(version=1, config=dataclasses.asdict(config), spec=dataclasses.asdict(agent.spec),
+                 agent=agent.state_dict(), optimizer=learner.optimizer.state_dict(),
+                 updates=learner.updates, env_steps=env_steps)
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(folder, device="cpu"):
+    """-> config, agent (in eval mode, on `device`), and the checkpoint's dict. UsageError if the
+    folder holds no checkpoint. Loads with weights_only=True: nothing is unpickled."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"{path} is not there: --eval takes a folder that a training run wrote")
+    state = torch.load(path, map_location=device, weights_only=True)
+    config, spec = Config(**state["config"]), Spec(**state["spec"])
+    agent = Agent(spec, config).to(device).eval()
+    agent.load_state_dict(state["agent"])
+    return config, agent, state
+
+
+# ==================================================================================================
+# 12. Command line
+# ==================================================================================================
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, with the nearest valid flag."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message = f"unknown option {unknown[1]}{nearest(unknown[1], flags)}"
+        raise UsageError(message)
+
+
+def parse_command_line(argv=None):
+    """Config from the command line. Raises UsageError."""
+    parser = Parser(prog="amago_min.py", allow_abbrev=False,
+                    description="AMAGO: in-context reinforcement learning in one file.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, value in dataclasses.asdict(Config()).items():
+        rule = Config.__dataclass_fields__[name].metadata
+        how = dict(default=value, help=rule["help"])
+        if isinstance(value, bool):
+            how.update(action=argparse.BooleanOptionalAction)
+        else:
+            kind = type(value[0] if isinstance(value, list) else value)
+            how.update(type=whole_number if kind is int else kind, choices=None,
+                       nargs="+" if isinstance(value, list) else None,
+                       metavar="|".join(rule["choices"]) if rule["choices"] else
+                       {int: "INT", float: "NUMBER", str: "TEXT"}[kind])
+        parser.add_argument("--" + name.replace("_", "-"), **how)
+    try:
+        return Config(**vars(parser.parse_args(argv)))
+    except ValueError as problem:
+        raise UsageError(str(problem)) from problem
+
+
+def whole_number(text):
+    """'1_000', '1000' and '1e3' are all 1000."""
+    if float(text) != int(float(text)):
+        raise ValueError
+    return int(float(text))
+
+
+def main(argv=None):
+    """-> exit code: 0 done, 1 the run broke (state saved), 2 bad arguments, 130 Ctrl-C (saved)."""
+    try:
+        config = parse_command_line(argv)
+        if config.eval:
+            saved, agent, state = load_checkpoint(config.eval, config.torch_device())
+            score = evaluate(agent, saved.env, config.eval_episodes, saved.context,
+                             seed=10_000_000 + config.seed)
+            print(f"{saved.env} after {state['env_steps']:,} env steps: return"
+                  f" {score['return_mean']:.3f} +- {score['return_std']:.3f}, success"
+                  f" {score['success']:.2f}, {score['episodes']} episodes")
+        else:
+            train(config)
+    except UsageError as problem:
+        print(f"amago_min.py: {problem}", file=sys.stderr)
+        return 2
+    except (NonFiniteLoss, BrokenEnvironment) as problem:
+        print(f"amago_min.py stopped: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("amago_min.py: interrupted; everything is saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

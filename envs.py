@@ -1,0 +1,580 @@
+"""Every environment of the project, behind one interface. numpy and gymnasium only, no torch.
+
+    from envs import make_env
+    env = make_env("popgym:RepeatPrevious", seed=0)      # or "gym:CartPole-v1?horizon=200"
+    observation, info = env.reset()                      # or "meta:gym:CartPole-v1?episodes=2"
+
+`python envs.py` prints the table of all names, `python envs.py NAME` the card of one.
+
+What an agent may rely on, whatever the name:
+
+    observation   float32 (D,)                           one-hots, numbers, or both side by side
+                  uint8 (H, W, C)                        a picture
+                  {"vector": (D,), "image": (H, W, C)}   both
+    action        Discrete(n), MultiDiscrete(nvec) counted from 0, or Box(-1, 1, (A,), float32)
+    info          a fresh dict that never contains what the agent has to find out by itself
+    env.name        canonical name: make_env(env.name) builds the same environment
+    env.horizon     largest number of steps in one rollout
+    env.references  {"random", "best", "paper"}: mean returns that are known, any of them may lack
+    env.max_return  the return that a trained agent can reach (almost) surely, or None
+
+Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 the list.
+"""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import operator
+import random
+import re
+import sys
+import warnings
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+# ---- 1. Names and errors --------------------------------------------------------------------
+# A name is `suite:Name?key=value&key=value`. Every mistake in it ends in a one-line ValueError
+# with the nearest valid choices, every absent package in a ModuleNotFoundError with its command.
+
+
+def make_env(name, seed=None, **options):
+    """Build the environment `name`. Keyword options win over the ones written in the name.
+
+    With a seed, the first plain `reset()` gives what `reset(seed=seed)` would give.
+    """
+    suite, rest, written = parse_name(name)
+    env = SUITES[suite](rest, **{**written, **options})
+    if seed is not None:
+        gymnasium.Env.reset(env, seed=seed)  # seeds env.np_random and nothing else
+        env.first_seed = seed
+    return env
+
+
+def parse_name(name):
+    """'gym:CartPole-v1?horizon=50&a=true' -> ('gym', 'CartPole-v1', {'horizon': 50, 'a': True})"""
+    if not isinstance(name, str):
+        raise ValueError(f"an environment name is a string like 'gym:CartPole-v1', not {name!r}")
+    full, _, query = name.partition("?")
+    suite, colon, rest = full.partition(":")
+    if not colon:
+        choices = [*popgym_names(), *gym_names()]
+        raise ValueError(f"environment {name!r} has no 'suite:' in front; {nearest(full, choices)}")
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r} in {name!r}; {nearest(suite, SUITES)}")
+    options = {}
+    for pair in query.split("&") if query else ():
+        key, equals, value = pair.partition("=")
+        if not equals or key in ("", "name", "seed", *options):  # make_env's own arguments, twice
+            raise ValueError(f"bad option {pair!r} in {name!r}; write ?key=value&key=value, "
+                             "every key once; the seed is an argument of its own")
+        options[key] = parse_value(value)
+    return suite, rest, options
+
+
+def parse_value(text):
+    """'3' -> 3, '0.5' -> 0.5, 'true' -> True, anything else stays a string."""
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def full_name(name, options):
+    """The inverse of parse_name, options in alphabetical order."""
+    written = sorted(f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+                     for key, value in options.items())
+    return name + ("?" + "&".join(written) if written else "")
+
+
+def nearest(wrong, choices):
+    """'nearest: a, b, c', compared without regard to case."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=3, cutoff=0.0)
+    return "nearest: " + ", ".join(by_lower[lower] for lower in close)
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def check_options(name, options, allowed):
+    for key in options:
+        if key not in allowed:
+            hint = nearest(key, allowed) if allowed else "it takes none"
+            raise ValueError(f"unknown option {key!r} for {name!r}; {hint}")
+
+
+def positive_int(name, key, value):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"option {key!r} of {name!r} must be a whole number >= 1, not {value!r}")
+    return int(value)
+
+
+# ---- 2. Spaces ------------------------------------------------------------------------------
+# Observations become one float32 vector, equal number by number to gymnasium's `flatten` but
+# several times faster, because tables are made once and the kind of space is asked once.
+# The functions live at module level and are bound with `partial`, so environments can be pickled.
+
+
+def observation_encoder(space):
+    """Uniform observation space, and the function from a raw observation into it."""
+    parts = [(path, part, part_encoder(part)) for path, part in leaves(space)]
+    images = [(path, part) for path, part, _ in parts if is_image(part)]
+    vectors = [(path, encode) for path, part, encode in parts if not is_image(part)]
+    if len(images) > 1 or not parts:
+        raise ValueError(f"{len(images) or 'no'} pictures in one observation are not supported")
+    if vectors:
+        flat = [spaces.utils.flatten_space(part) for _, part, _ in parts if not is_image(part)]
+        with np.errstate(over="ignore"):  # a float64 bound beyond float32 rightly becomes inf
+            low = np.concatenate([box.low for box in flat]).astype(np.float32)
+            high = np.concatenate([box.high for box in flat]).astype(np.float32)
+        box = spaces.Box(low, high, dtype=np.float32)
+    if parts[0][0] == ():  # not nested at all
+        return images[0][1] if images else box, parts[0][2]
+    if not images:
+        return box, functools.partial(encode_parts, vectors)
+    (path, image), = images
+    uniform = spaces.Dict({"image": image, **({"vector": box} if vectors else {})})
+    return uniform, functools.partial(encode_with_image, path, vectors)
+
+
+def leaves(space, path=()):
+    """Yield (path of keys, simple space) of nested Dict and Tuple spaces, in flatten's order."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        inside = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        for key, part in inside:
+            yield from leaves(part, path + (key,))
+    else:
+        yield path, space
+
+
+def is_image(space):
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def part_encoder(space):
+    if is_image(space):
+        return np.array  # a copy
+    if isinstance(space, spaces.Discrete):
+        rows = list(np.eye(space.n, dtype=np.float32))  # a list: indexing an array costs 3x more
+        return functools.partial(one_hot, rows, int(space.start))
+    if isinstance(space, spaces.MultiDiscrete):
+        sizes = space.nvec.ravel()
+        offsets = np.cumsum(sizes) - sizes - space.start.ravel()
+        return functools.partial(many_one_hots, offsets, int(sizes.sum()))
+    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
+        return plain_numbers
+    raise ValueError(one_line(f"observations of {space} are not supported; supported: Box, "
+                              "Discrete, MultiDiscrete, MultiBinary, Dict or Tuple of these"))
+
+
+def one_hot(rows, start, value):
+    return rows[value - start].copy()  # a copy, so that nobody can spoil the table
+
+
+def many_one_hots(offsets, size, value):
+    out = np.zeros(size, dtype=np.float32)
+    out[np.ravel(value) + offsets] = 1.0
+    return out
+
+
+def plain_numbers(value):
+    return np.array(value, dtype=np.float32).ravel()
+
+
+def encode_parts(parts, value):
+    return np.concatenate([encode(functools.reduce(operator.getitem, path, value))
+                           for path, encode in parts])
+
+
+def encode_with_image(image_path, parts, value):
+    image = np.array(functools.reduce(operator.getitem, image_path, value))
+    return {"image": image, **({"vector": encode_parts(parts, value)} if parts else {})}
+
+
+def action_decoder(space):
+    """Uniform action space, and the function from an action in it to what the raw env wants."""
+    if isinstance(space, spaces.Discrete):
+        # plain ints, because some popgym classes reject everything else
+        table = [int(space.start) + i for i in range(space.n)]
+        return spaces.Discrete(space.n), functools.partial(decode_discrete, table)
+    if isinstance(space, spaces.MultiDiscrete):
+        uniform = spaces.MultiDiscrete(space.nvec.ravel())
+        return uniform, functools.partial(decode_many, space.start)
+    floats = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
+    if not floats or len(space.shape) != 1 or not space.is_bounded():
+        raise ValueError(one_line(f"actions of {space} are not supported; supported: Discrete, "
+                                  "MultiDiscrete, and 1-D float Box with finite bounds"))
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    uniform = spaces.Box(-1.0, 1.0, space.shape, np.float32)
+    return uniform, functools.partial(decode_box, low, high, space.dtype)
+
+
+def decode_discrete(table, action):
+    return table[action.item() if isinstance(action, np.ndarray) else action]
+
+
+def decode_many(start, action):
+    return np.asarray(action, dtype=np.int64).reshape(start.shape) + start
+
+
+def decode_box(low, high, dtype, action):
+    # the two-sided form hits both bounds exactly; low + part * (high - low) may miss one by an ulp
+    part = np.minimum(np.maximum(np.asarray(action, dtype=np.float64), -1.0), 1.0) * 0.5 + 0.5
+    return (low * (1.0 - part) + high * part).astype(dtype)
+
+
+# ---- 3. The adapter -------------------------------------------------------------------------
+
+
+class Adapter(gymnasium.Env):
+    """One thin layer around a raw environment: uniform spaces, clean info, optional time limit.
+
+    `limit`: truncate after so many steps; None leaves the end of a rollout to the raw env.
+    """
+
+    first_seed = None  # set by make_env, used up by the first reset
+
+    def __init__(self, inner, name, horizon, limit=None, references=None, max_return=None):
+        self.inner, self.name, self.horizon = inner, name, horizon
+        self.references, self.max_return = dict(references or {}), max_return
+        self.observation_space, self._encode = observation_encoder(inner.observation_space)
+        self.action_space, self._decode = action_decoder(inner.action_space)
+        self.metadata, self.render_mode = inner.metadata, inner.render_mode
+        self._limit = float("inf") if limit is None else limit
+        self._steps_left = self._limit
+
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            seed = self.first_seed
+        self.first_seed = None
+        super().reset(seed=seed)
+        self._steps_left = self._limit
+        observation, info = self.reset_inner(seed, options)
+        return self._encode(observation), public_info(info)
+
+    def reset_inner(self, seed, options):
+        return self.inner.reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.inner.step(self._decode(action))
+        self._steps_left -= 1
+        truncated = bool(truncated) or self._steps_left <= 0
+        return (self._encode(observation), float(reward), bool(terminated), truncated,
+                public_info(info))
+
+    def render(self):
+        return self.inner.render()
+
+    def close(self):
+        self.inner.close()
+
+
+def public_info(info):
+    """Only success is passed on: popgym's info holds card counts and bandit probabilities."""
+    for key in ("success", "is_success"):
+        if key in info:
+            return {"success": float(info[key])}
+    return {}
+
+
+# ---- 4. popgym ------------------------------------------------------------------------------
+# Memory problems in three difficulties. Random: mean return of the uniform policy. Best: what
+# playing perfectly from the observations reaches on average, where that is known. Paper: maximum
+# of AMAGO's mean learning curve within 15M steps, read off the figures of the paper, which used
+# an older popgym whose CountRecall and MineSweeper differ a little.
+
+DIFFICULTIES = ("Easy", "Medium", "Hard")
+ONES, UNKNOWN = (1.0, 1.0, 1.0), (None, None, None)
+POPGYM = {  # family: (horizon, random, best, paper) for Easy, Medium, Hard; then the explanation
+    "Autoencode": ((103, 207, 311), (-.497, -.498, -.498), ONES, (.995, .992, .597),
+                   "watch cards, then name their suits in reverse order"),
+    "Battleship": ((64, 100, 144), (-.445, -.419, -.396), UNKNOWN, (.182, -.252, -.400),
+                   "sink hidden ships, seeing only hit or miss"),
+    "Concentration": ((104, 208, 104), (-.188, -.182, -.831), (.83, .82, .70),
+                      (.310, -.128, -.833), "turn over matching pairs of cards"),
+    "CountRecall": ((51, 103, 207), (-.927, -.927, -.882), ONES, (.918, .899, .690),
+                    "say how often the asked card has been dealt so far"),
+    "HigherLower": ((51, 103, 155), (.000, -.008, -.001), (.56, .51, .51), (.517, .505, .504),
+                    "guess whether the next card is higher, counting cards"),
+    "LabyrinthEscape": ((1023,) * 3, (-.253, -.864, -.922), UNKNOWN, UNKNOWN,
+                        "find the exit of a maze, seeing 3x3 cells"),
+    "LabyrinthExplore": ((1023,) * 3, (-.308, -.650, -.714), UNKNOWN, UNKNOWN,
+                         "visit every cell of a maze, seeing 3x3 cells"),
+    "MineSweeper": ((14, 30, 54), (-.238, -.403, -.432), UNKNOWN, (.740, .009, -.290),
+                    "uncover squares without mines from neighbour counts"),
+    "MultiarmedBandit": ((200, 400, 600), (.002, .016, -.003), (.79, .91, .94),
+                         (.668, .735, .746), "find the best of 10, 20, 30 slot machines"),
+    "NoisyPositionOnlyCartPole": ((200,) * 3, (.112, .112, .111), UNKNOWN, (.986, .608, .360),
+                                  "balance a pole from noisy positions without velocities"),
+    "NoisyPositionOnlyPendulum": ((200,) * 3, (.243, .245, .236), UNKNOWN, (.904, .908, .902),
+                                  "swing up a pendulum from noisy angles without velocities"),
+    "PositionOnlyCartPole": ((200, 400, 600), (.112, .056, .037), ONES, (.998, .999, 1.000),
+                             "balance a pole from positions without velocities"),
+    "PositionOnlyPendulum": ((200, 150, 100), (.249, .237, .235), UNKNOWN, (.912, .881, .824),
+                             "swing up a pendulum from angles without velocities"),
+    "RepeatFirst": ((51, 415, 831), (-.495, -.492, -.497), ONES, (.994, .995, .997),
+                    "keep naming the suit of the very first card"),
+    "RepeatPrevious": ((51, 103, 155), (-.503, -.503, -.501), ONES, (.997, .994, .994),
+                       "name the suit seen 3, 31, 63 cards before the current one"),
+    "VelocityOnlyCartPole": ((200, 400, 600), (.112, .056, .037), ONES, UNKNOWN,
+                             "balance a pole from velocities without positions"),
+}
+# Families where a trained agent can be expected at the maximum, so that training may stop there.
+SOLVABLE = ("Autoencode", "RepeatFirst", "RepeatPrevious", "PositionOnlyCartPole",
+            "VelocityOnlyCartPole")
+
+
+def popgym_env(name, **options):
+    family, difficulty = split_difficulty(name)
+    if family not in POPGYM:
+        known = popgym_names() if name.startswith(tuple(POPGYM)) else [
+            f"popgym:{other}{difficulty}" for other in POPGYM]
+        raise ValueError(f"unknown environment {'popgym:' + name!r}; "
+                         + nearest("popgym:" + name, known))
+    difficulty = difficulty or "Easy"
+    name = f"popgym:{family}{difficulty}"
+    check_options(name, options, ())
+    need("popgym", "popgym==1.0.7", name)
+    is_maze = family.startswith("Labyrinth")
+    if is_maze:
+        need("mazelib", "mazelib==0.9.16", name)
+    with warnings.catch_warnings():
+        # popgym advises against its mazes as a test of memory, in every constructor
+        warnings.filterwarnings("ignore", "Maze environments", DeprecationWarning)
+        inner = getattr(importlib.import_module("popgym.envs"), family + difficulty)()
+    horizon, *returns = (column[DIFFICULTIES.index(difficulty)] for column in POPGYM[family][:4])
+    known = {key: value for key, value in zip(("random", "best", "paper"), returns)
+             if value is not None}
+    return (Labyrinth if is_maze else Adapter)(
+        inner, name, horizon, references=known, max_return=1.0 if family in SOLVABLE else None)
+
+
+def split_difficulty(name):
+    """'RepeatFirstHard' -> ('RepeatFirst', 'Hard'), 'RepeatFirst' -> ('RepeatFirst', '')"""
+    difficulty = next((word for word in DIFFICULTIES if name.endswith(word)), "")
+    return name.removesuffix(difficulty), difficulty
+
+
+def need(module, requirement, name):
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"{name!r} needs {module}: pip install {requirement}")
+
+
+def popgym_names():
+    if importlib.util.find_spec("popgym") is None:
+        return []
+    mazes = importlib.util.find_spec("mazelib") is not None
+    return [f"popgym:{family}{difficulty}" for family in POPGYM for difficulty in DIFFICULTIES
+            if mazes or not family.startswith("Labyrinth")]
+
+
+class Labyrinth(Adapter):
+    """popgym's mazes are drawn from, and seed, the process-wide generators. Not here:
+
+    every reset seeds them from this env's own np_random, and puts them back as they were.
+    Steps draw nothing.
+    """
+
+    def reset_inner(self, seed, options):
+        seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        outside = random.getstate(), np.random.get_state()
+        try:
+            return self.inner.reset(seed=seed, options=options)
+        finally:
+            random.setstate(outside[0])
+            np.random.set_state(outside[1])
+
+
+# ---- 5. gymnasium ---------------------------------------------------------------------------
+
+DEFAULT_HORIZON = 1000  # for ids that are registered without a time limit
+
+
+def gym_env(name, **options):
+    """Any gymnasium id. `horizon` is ours, all other options go to the environment itself."""
+    spec = gym_spec(name)
+    full = full_name("gym:" + name, options)
+    horizon = positive_int(full, "horizon", options.pop(
+        "horizon", spec.max_episode_steps or DEFAULT_HORIZON))
+    try:
+        # no TimeLimit and no checker around it: the adapter counts the steps itself
+        inner = gymnasium.make(spec, max_episode_steps=-1, disable_env_checker=True, **options)
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise ModuleNotFoundError(f"gym:{name} needs a package: {pip_command(error)}") from error
+    except Exception as error:
+        if not options:
+            raise  # the environment's own bug, shown as it is
+        if "unexpected keyword" in str(error):
+            make = spec.entry_point
+            make = make if callable(make) else gymnasium.envs.registration.load_env_creator(make)
+            check_options(full, options, ["horizon", *inspect.signature(make).parameters])
+        raise ValueError(one_line(f"{full} cannot be built: {error!r}")) from error
+    return Adapter(inner, full, horizon, limit=horizon)
+
+
+def gym_spec(name):
+    """`module:Id` imports the module first, which is how other packages add their ids."""
+    module, colon, name_there = name.rpartition(":")
+    if colon and module.isidentifier():
+        need(module, module, f"gym:{name}")
+        importlib.import_module(module)
+    if name_there not in gymnasium.registry or (colon and not module.isidentifier()):
+        raise ValueError(f"unknown environment {'gym:' + name!r}; "
+                         + nearest("gym:" + name_there, gym_names()))
+    return gymnasium.registry[name_there]
+
+
+def gym_names():
+    return ["gym:" + name for name in gymnasium.registry]
+
+
+def pip_command(error):
+    """The command in gymnasium's own message, or one made from the name of the module."""
+    command = re.findall(r"`(pip install [^`]+)`", str(error))
+    if command:
+        return command[-1]
+    package = {"jax": '"gymnasium[jax]"', None: "gymnasium-robotics"}
+    module = getattr(error, "name", None)  # None: mujoco v2, v3, which moved there
+    return f"pip install {package.get(module, module)}"
+
+
+# ---- 6. meta --------------------------------------------------------------------------------
+
+
+def meta_env(name, **options):
+    """`meta:<name>?episodes=k`; <name> is any other name, a bare id means gym."""
+    episodes = positive_int("meta:" + name, "episodes", options.pop("episodes", 2))
+    inner_name = name if ":" in name else "gym:" + name
+    if inner_name.startswith("meta:"):
+        raise ValueError(f"'meta:{name}' puts meta inside meta; nearest: {name}")
+    return Meta(make_env(inner_name, **options), episodes)
+
+
+class Meta(gymnasium.Env):
+    """k episodes of one sampled task glued into one rollout (RL^2, after Duan et al. 2016).
+
+    The task is a seed drawn at reset; every inner episode starts from that seed, so the deck, the
+    bandit arms, the maze are the same k times, and what was learnt in one episode pays in the next.
+
+        inner step     last of episode 1            last of episode k
+        observation    first of episode 2           the terminal one
+        info           reset=True, episode_return   episode_return
+        ends           no                           as the inner env says
+    """
+
+    def __init__(self, inner, episodes):
+        self.inner, self.episodes = inner, episodes
+        name, _, query = inner.name.partition("?")
+        query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
+        self.name = f"meta:{name}?{query}"
+        self.horizon = episodes * inner.horizon
+        self.observation_space, self.action_space = inner.observation_space, inner.action_space
+        self.metadata, self.render_mode = inner.metadata, inner.render_mode
+        self.max_return = None if inner.max_return is None else episodes * inner.max_return
+        # what is best in one episode says little about k of them, unless it is the maximum
+        self.references = {} if self.max_return is None else {"best": self.max_return}
+        if "random" in inner.references:
+            self.references["random"] = episodes * inner.references["random"]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._task_seed = int(self.np_random.integers(2**31))
+        self._episode, self._return = 1, 0.0
+        return self.inner.reset(seed=self._task_seed, options=options)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.inner.step(action)
+        self._return += reward
+        if terminated or truncated:
+            info["episode_return"] = self._return
+            if self._episode < self.episodes:
+                self._episode, self._return = self._episode + 1, 0.0
+                # the first observation takes the place of the terminal one, which leads nowhere
+                observation, _ = self.inner.reset(seed=self._task_seed)
+                terminated = truncated = False
+                info["reset"] = True
+        return observation, reward, terminated, truncated, info
+
+    def render(self):
+        return self.inner.render()
+
+    def close(self):
+        self.inner.close()
+
+
+# ---- 7. The list ----------------------------------------------------------------------------
+
+SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env}
+
+
+def list_envs():
+    """Yield (name, explanation) for everything that can be built here and now."""
+    for name in popgym_names():
+        yield name, POPGYM[split_difficulty(name.removeprefix("popgym:"))[0]][-1]
+    yield "gym:CartPole-v1", "any gymnasium id; ?horizon=n and the environment's own options"
+    yield "meta:gym:CartPole-v1?episodes=2", "k episodes of one task in one rollout, any name"
+
+
+def space_text(space):
+    """'4' and '2x13' for one-of-n, '[2]' for numbers, '64x64x3' for a picture"""
+    if isinstance(space, spaces.Dict):
+        return " + ".join(space_text(part) for part in space.values())
+    if isinstance(space, spaces.Discrete):
+        return f"one of {space.n}"
+    if isinstance(space, spaces.MultiDiscrete):
+        return "one of " + "x".join(map(str, space.nvec))
+    return ("image " if is_image(space) else "vector ") + "x".join(map(str, space.shape))
+
+
+def table_row(name):
+    env = make_env(name)
+    returns = [env.references.get(key) for key in ("random", "best", "paper")]
+    return [env.name, space_text(env.observation_space), space_text(env.action_space),
+            str(env.horizon), *("-" if value is None else f"{value:.3f}" for value in returns)]
+
+
+def print_table():
+    head = ["name", "observation", "action", "horizon", "random", "best", "paper"]
+    rows = [head, *(table_row(name) for name, _ in list_envs())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        left = "  ".join(text.ljust(width) for text, width in zip(row[:3], widths))
+        print(left, *(text.rjust(width) for text, width in zip(row[3:], widths[3:])), sep="  ")
+
+
+def print_card(name):
+    env = make_env(name)
+    print(f"name          {env.name}")
+    print(f"about         {dict(list_envs()).get(env.name, 'see envs.py, section of its suite')}")
+    print(f"observation   {env.observation_space}")
+    print(f"action        {env.action_space}")
+    print(f"horizon       {env.horizon}")
+    for key, value in env.references.items():
+        print(f"{key:13} {value:.3f}")
+    print(f"max_return    {env.max_return}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Table of all environments, or one's card.")
+    parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
+    name = parser.parse_args(arguments).name
+    try:
+        print_table() if name is None else print_card(name)
+    except (ValueError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
