@@ -72,7 +72,7 @@ SIZES = {
     "small": dict(width=128, layers=2, heads=8, ff=512, hidden=256, lr=5e-4),
     "paper": dict(width=256, layers=3, heads=8, ff=1024, hidden=256, lr=2e-4),
 }
-POSITIONS = ("rotary", "learnable", "sinusoidal")
+POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -106,7 +106,8 @@ class Config:
     eval_episodes: int = option(64, "whole episodes per evaluation", low=1)
     # data
     parallel_envs: int = option(16, "environments that act side by side", low=1)
-    steps_per_update: float = option(8.0, "environment steps per gradient update", low=0.01)
+    replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
+                                 " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
     explore_steps: int = option(200_000, "env steps over which exploration noise is annealed", low=1)
     context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
@@ -120,7 +121,7 @@ class Config:
                           "discount factors learned side by side; the last one acts", low=0, high=1)
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.003, "speed of the target networks", low=0, high=1)
-    positions: str = option("rotary", "how attention knows the time", choices=POSITIONS)
+    positions: str = option("both", "how attention knows the time", choices=POSITIONS)
     bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
                                        " the agent sees the clock ([1], finite horizon)")
 
@@ -350,9 +351,9 @@ class Transformer(nn.Module):
         self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
         self.blocks = nn.ModuleList([StableBlock(width, heads, ff) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
-        dim = width // heads if positions == "rotary" else width
-        self.register_buffer("frequency", 10_000.0 ** (-torch.arange(0, dim, 2) / dim),
-                             persistent=False)                           # (dim / 2,)
+        for name, dim in (("relative", width // heads), ("absolute", width)):
+            frequency = 10_000.0 ** (-torch.arange(0, dim, 2) / dim)     # (dim / 2,)
+            self.register_buffer(name, frequency, persistent=False)
         if positions == "learnable":
             self.table = nn.Parameter(torch.randn(horizon + 1, width) * 0.02)
 
@@ -363,12 +364,12 @@ class Transformer(nn.Module):
         rotation = None
         if self.positions == "learnable":
             x = x + self.table[time.clamp(max=self.horizon)]
-        else:
-            angle = time.unsqueeze(-1) * self.frequency                  # (B, T, dim / 2)
-            if self.positions == "rotary":
-                rotation = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
-            else:
-                x = x + torch.cat([angle.sin(), angle.cos()], dim=-1)
+        if self.positions in ("sinusoidal", "both"):
+            angle = time.unsqueeze(-1) * self.absolute                   # (B, T, D / 2)
+            x = x + torch.cat([angle.sin(), angle.cos()], dim=-1)
+        if self.positions in ("rotary", "both"):
+            angle = (time.unsqueeze(-1) * self.relative).unsqueeze(1)    # (B, 1, T, d / 2)
+            rotation = angle.cos(), angle.sin()
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, cache, layer)
         return self.norm(x)
@@ -376,7 +377,7 @@ class Transformer(nn.Module):
     def new_cache(self, n_envs, context):
         """An empty KVCache that fits this network, on its device."""
         return KVCache(len(self.blocks), n_envs, self.heads, context, self.width // self.heads,
-                       self.frequency.device)
+                       self.relative.device)
 
 
 # ==================================================================================================
@@ -926,6 +927,7 @@ class ReplayBuffer:
         self.starts = np.zeros(capacity // 2 + 1, np.int64)
         self.lengths = np.zeros(capacity // 2 + 1, np.int64)
         self.first = self.count = self.write = 0
+        self.replayed = 0                                # transitions handed out so far
 
     def __len__(self):
         return self.count
@@ -972,6 +974,7 @@ class ReplayBuffer:
         time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
         index = self.starts[pick][:, None] + time
         mask = steps[:-1] < length[:, None]                              # (B, T)
+        self.replayed += int(length.sum())
 
         def tensor(x):
             return torch.from_numpy(x).to(device, non_blocking=True)
@@ -1152,7 +1155,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
 
 # ==================================================================================================
 # 9. Training
-#    Act once in every environment, learn `env steps / steps_per_update` times, and from time to time
+#    Act once in every environment, learn until every step has been replayed `replay_ratio` times, and from time to time
 #    evaluate. Everything that a run writes goes through Log and save_checkpoint.
 # ==================================================================================================
 
@@ -1272,9 +1275,9 @@ def train(config):
                 if len(buffer) < config.parallel_envs:
                     continue
                 first_update = first_update or collector.env_steps
-                owed = (collector.env_steps - first_update) / config.steps_per_update
+                owed = config.replay_ratio * (collector.env_steps - first_update)
                 with log.timer("learning"):
-                    while learner.updates < owed:
+                    while buffer.replayed < owed:
                         batch = buffer.sample(config.batch, config.context, device)
                         log.infos.append(learner.update(batch))
         if interrupt.caught:

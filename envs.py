@@ -102,10 +102,6 @@ def nearest(wrong, choices):
     return "nearest: " + ", ".join(by_lower[lower] for lower in close)
 
 
-def one_line(text):
-    return " ".join(text.split())
-
-
 def check_options(name, options, allowed):
     for key in options:
         if key not in allowed:
@@ -131,7 +127,8 @@ def observation_encoder(space):
     images = [(path, part) for path, part, _ in parts if is_image(part)]
     vectors = [(path, encode) for path, part, encode in parts if not is_image(part)]
     if len(images) > 1 or not parts:
-        raise ValueError(f"{len(images) or 'no'} pictures in one observation are not supported")
+        raise ValueError(f"observations of {len(images)} pictures in {len(parts)} parts are not "
+                         "supported; supported: at most one picture")
     if vectors:
         flat = [spaces.utils.flatten_space(part) for _, part, _ in parts if not is_image(part)]
         with np.errstate(over="ignore"):  # a float64 bound beyond float32 rightly becomes inf
@@ -173,8 +170,8 @@ def part_encoder(space):
         return functools.partial(many_one_hots, offsets, int(sizes.sum()))
     if isinstance(space, (spaces.Box, spaces.MultiBinary)):
         return plain_numbers
-    raise ValueError(one_line(f"observations of {space} are not supported; supported: Box, "
-                              "Discrete, MultiDiscrete, MultiBinary, Dict or Tuple of these"))
+    raise ValueError(f"observations of type {type(space).__name__} are not supported; supported: "
+                     "Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple of these")
 
 
 def one_hot(rows, start, value):
@@ -204,16 +201,17 @@ def encode_with_image(image_path, parts, value):
 def action_decoder(space):
     """Uniform action space, and the function from an action in it to what the raw env wants."""
     if isinstance(space, spaces.Discrete):
-        # plain ints, because some popgym classes reject everything else
-        table = [int(space.start) + i for i in range(space.n)]
+        # To plain ints, because some popgym classes reject everything else. A dict, because a list
+        # would silently take -1 for the last action.
+        table = {i: int(space.start) + i for i in range(space.n)}
         return spaces.Discrete(space.n), functools.partial(decode_discrete, table)
     if isinstance(space, spaces.MultiDiscrete):
         uniform = spaces.MultiDiscrete(space.nvec.ravel())
         return uniform, functools.partial(decode_many, space.start)
     floats = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if not floats or len(space.shape) != 1 or not space.is_bounded():
-        raise ValueError(one_line(f"actions of {space} are not supported; supported: Discrete, "
-                                  "MultiDiscrete, and 1-D float Box with finite bounds"))
+        raise ValueError(f"actions of type {type(space).__name__}{space.shape} are not supported; "
+                         "supported: Discrete, MultiDiscrete, 1-D float Box with finite bounds")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     uniform = spaces.Box(-1.0, 1.0, space.shape, np.float32)
     return uniform, functools.partial(decode_box, low, high, space.dtype)
@@ -289,9 +287,10 @@ def public_info(info):
 
 # ---- 4. popgym ------------------------------------------------------------------------------
 # Memory problems in three difficulties. Random: mean return of the uniform policy. Best: what
-# playing perfectly from the observations reaches on average, where that is known. Paper: maximum
-# of AMAGO's mean learning curve within 15M steps, read off the figures of the paper, which used
-# an older popgym whose CountRecall and MineSweeper differ a little.
+# playing perfectly from the observations reaches on average, where that is known; for the bandit
+# an upper bound, the best arm pulled from the first step. Paper: maximum of AMAGO's mean learning
+# curve within 15M steps, read off the figures of the paper, which used an older popgym whose
+# CountRecall and MineSweeper differ a little.
 
 DIFFICULTIES = ("Easy", "Medium", "Hard")
 ONES, UNKNOWN = (1.0, 1.0, 1.0), (None, None, None)
@@ -326,6 +325,7 @@ POPGYM = {  # family: (horizon, random, best, paper) for Easy, Medium, Hard; the
                     "keep naming the suit of the very first card"),
     "RepeatPrevious": ((51, 103, 155), (-.503, -.503, -.501), ONES, (.997, .994, .994),
                        "name the suit seen 3, 31, 63 cards before the current one"),
+    # popgym's first observation here is, by a slip of its own, the position
     "VelocityOnlyCartPole": ((200, 400, 600), (.112, .056, .037), ONES, UNKNOWN,
                              "balance a pole from velocities without positions"),
 }
@@ -337,8 +337,9 @@ SOLVABLE = ("Autoencode", "RepeatFirst", "RepeatPrevious", "PositionOnlyCartPole
 def popgym_env(name, **options):
     family, difficulty = split_difficulty(name)
     if family not in POPGYM:
-        known = popgym_names() if name.startswith(tuple(POPGYM)) else [
-            f"popgym:{other}{difficulty}" for other in POPGYM]
+        # with the family right, it is the difficulty that is wrong
+        endings = DIFFICULTIES if name.startswith(tuple(POPGYM)) else [difficulty]
+        known = [f"popgym:{other}{ending}" for other in POPGYM for ending in endings]
         raise ValueError(f"unknown environment {'popgym:' + name!r}; "
                          + nearest("popgym:" + name, known))
     difficulty = difficulty or "Easy"
@@ -418,7 +419,7 @@ def gym_env(name, **options):
             make = spec.entry_point
             make = make if callable(make) else gymnasium.envs.registration.load_env_creator(make)
             check_options(full, options, ["horizon", *inspect.signature(make).parameters])
-        raise ValueError(one_line(f"{full} cannot be built: {error!r}")) from error
+        raise ValueError(f"{full!r} cannot be built: {error!r}") from error
     return Adapter(inner, full, horizon, limit=horizon)
 
 
@@ -443,9 +444,10 @@ def pip_command(error):
     command = re.findall(r"`(pip install [^`]+)`", str(error))
     if command:
         return command[-1]
-    package = {"jax": '"gymnasium[jax]"', None: "gymnasium-robotics"}
-    module = getattr(error, "name", None)  # None: mujoco v2, v3, which moved there
-    return f"pip install {package.get(module, module)}"
+    if "gymnasium-robotics" in str(error):  # where mujoco v2 and v3 moved
+        return "pip install gymnasium-robotics"
+    module = getattr(error, "name", None) or '"gymnasium[all]"'
+    return "pip install " + {"jax": '"gymnasium[jax]"'}.get(module, module)
 
 
 # ---- 6. meta --------------------------------------------------------------------------------
@@ -514,6 +516,7 @@ class Meta(gymnasium.Env):
 
 # ---- 7. The list ----------------------------------------------------------------------------
 
+# A new suite is one more function (name, **options) -> gymnasium.Env in this table.
 SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env}
 
 
@@ -525,54 +528,44 @@ def list_envs():
     yield "meta:gym:CartPole-v1?episodes=2", "k episodes of one task in one rollout, any name"
 
 
+def describe(name):
+    """One row of the table, as {column: text}."""
+    env = make_env(name)
+    known = {key: f"{value:.3f}" for key, value in env.references.items()}
+    return {"name": env.name, "observation": space_text(env.observation_space),
+            "action": space_text(env.action_space), "horizon": str(env.horizon),
+            **{key: known.get(key, "-") for key in ("random", "best", "paper")}}
+
+
 def space_text(space):
-    """'4' and '2x13' for one-of-n, '[2]' for numbers, '64x64x3' for a picture"""
     if isinstance(space, spaces.Dict):
-        return " + ".join(space_text(part) for part in space.values())
-    if isinstance(space, spaces.Discrete):
-        return f"one of {space.n}"
-    if isinstance(space, spaces.MultiDiscrete):
-        return "one of " + "x".join(map(str, space.nvec))
-    return ("image " if is_image(space) else "vector ") + "x".join(map(str, space.shape))
-
-
-def table_row(name):
-    env = make_env(name)
-    returns = [env.references.get(key) for key in ("random", "best", "paper")]
-    return [env.name, space_text(env.observation_space), space_text(env.action_space),
-            str(env.horizon), *("-" if value is None else f"{value:.3f}" for value in returns)]
-
-
-def print_table():
-    head = ["name", "observation", "action", "horizon", "random", "best", "paper"]
-    rows = [head, *(table_row(name) for name, _ in list_envs())]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        left = "  ".join(text.ljust(width) for text, width in zip(row[:3], widths))
-        print(left, *(text.rjust(width) for text, width in zip(row[3:], widths[3:])), sep="  ")
-
-
-def print_card(name):
-    env = make_env(name)
-    print(f"name          {env.name}")
-    print(f"about         {dict(list_envs()).get(env.name, 'see envs.py, section of its suite')}")
-    print(f"observation   {env.observation_space}")
-    print(f"action        {env.action_space}")
-    print(f"horizon       {env.horizon}")
-    for key, value in env.references.items():
-        print(f"{key:13} {value:.3f}")
-    print(f"max_return    {env.max_return}")
+        return " + ".join(map(space_text, space.values()))
+    if isinstance(space, spaces.Box):
+        return ("image " if is_image(space) else "vector ") + "x".join(map(str, space.shape))
+    sizes = [space.n] if isinstance(space, spaces.Discrete) else space.nvec
+    return "one of " + "x".join(map(str, sizes))
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Table of all environments, or one's card.")
+    parser = argparse.ArgumentParser(description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
     name = parser.parse_args(arguments).name
     try:
-        print_table() if name is None else print_card(name)
+        rows = [describe(each) for each in ([name] if name else dict(list_envs()))]
     except (ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
+    if name:
+        about = dict(list_envs()).get(rows[0]["name"])
+        for key, text in {**rows[0], **({"about": about} if about else {})}.items():
+            print(f"{key:13}{text}")
+        return 0
+    rows.insert(0, {column: column for column in rows[0]})
+    widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
+    for row in rows:  # words to the left, numbers to the right
+        words = ("name", "observation", "action")
+        print(*(text.ljust(widths[column]) if column in words else text.rjust(widths[column])
+                for column, text in row.items()), sep="  ")
     return 0
 
 

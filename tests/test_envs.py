@@ -223,6 +223,9 @@ def test_integer_actions_count_from_zero_and_arrive_plain():
     for action in (2, np.int64(2), np.array(2), np.array([2])):
         env.step(action)
         assert raw.action == 1 and type(raw.action) is int
+    for wrong in (-1, 3):  # -1 must not mean the last one
+        with pytest.raises(KeyError):
+            env.step(wrong)
     raw = Recorder(spaces.MultiDiscrete([[2, 3]], start=[[0, 5]]))
     env = envs.Adapter(raw, "test", 10)
     assert env.action_space == spaces.MultiDiscrete([2, 3])
@@ -257,6 +260,13 @@ def test_info_hands_on_success_alone():
         env = envs.Adapter(Recorder(info=given_info), "test", 10)
         for info in (env.reset()[1], env.step(0)[4]):
             assert info == {"success": 1.0} and info is not given_info
+
+
+def test_numpy_scalars_become_plain(monkeypatch):
+    monkeypatch.setattr(Recorder, "step", lambda self, action: (
+        1, np.float32(0.5), np.bool_(True), np.bool_(True), {}))
+    end = envs.Adapter(Recorder(), "test", 10).step(0)[1:4]
+    assert end == (0.5, True, True) and [type(x) for x in end] == [float, bool, bool]
 
 
 def test_gym_time_limit():
@@ -379,7 +389,7 @@ def test_random_returns_and_horizon(name):
 
 
 def test_paper_column_is_the_papers():
-    paper = [value for _, _, _, values, _ in POPGYM.values() for value in values if value is not None]
+    paper = [value for row in POPGYM.values() for value in row[3] if value is not None]
     assert len(paper) == 39 and np.mean(paper) == pytest.approx(0.6245, abs=1e-4)
     assert make_env("popgym:PositionOnlyCartPoleEasy").references["paper"] == 0.998
     assert make_env("popgym:NoisyPositionOnlyCartPoleHard").references["paper"] == 0.360
@@ -483,6 +493,7 @@ def test_meta_references_and_names():
     ("popgym:RepatPreviousHard", ["nearest: popgym:RepeatPreviousHard"]),
     ("popgym:RepeatPreviousHrd", ["nearest: popgym:RepeatPreviousHard"]),
     ("popgym:repeatprevious", ["nearest: popgym:RepeatPrevious"]),
+    ("popgym:REPEATFIRST", ["nearest: popgym:RepeatFirst"]),
     ("popgm:RepeatPrevious", ["unknown suite 'popgm'", "nearest: popgym"]),
     ("RepeatPreviousHard", ["no 'suite:'", "nearest: popgym:RepeatPreviousHard"]),
     ("CartPole-v1", ["no 'suite:'", "nearest: gym:CartPole-v1"]),
@@ -533,7 +544,8 @@ def test_absent_packages_name_their_command(monkeypatch, absent, name, command):
     (gymnasium.error.DependencyNotInstalled('no Box2D, run `pip install "gymnasium[box2d]"`'),
      'pip install "gymnasium[box2d]"'),
     (ModuleNotFoundError("No module named 'jax'", name="jax"), 'pip install "gymnasium[jax]"'),
-    (ModuleNotFoundError("No module named 'thing'", name="thing"), "pip install thing")])
+    (ModuleNotFoundError("No module named 'thing'", name="thing"), "pip install thing"),
+    (ImportError("have moved to gymnasium-robotics (...)"), "pip install gymnasium-robotics")])
 def test_absent_gym_packages_name_their_command(monkeypatch, error, command):
     def make(*args, **kwargs):
         raise error

@@ -1,0 +1,152 @@
+"""Learning, from the easiest problem up: overfit one batch, then probes with known values.
+
+A probe that fails names the culprit: Constant the critic loss, Observed the encoder, Delayed the
+TD target, Choice the action's index, Memory attention, Meta the previous action and reward.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import amago_min as am
+from probes import (Choice, Choice1d, Constant, Delayed, Match, Memory, Meta, Observed, Patience,
+                    Run, use)
+
+# ---- one batch ----
+
+
+@pytest.mark.parametrize("kind", [Choice, Choice1d], ids=["discrete", "continuous"])
+def test_critics_fit_one_batch(monkeypatch, kind):
+    """Catches a gradient that does not reach the critics, the Transformer or the encoder.
+
+    Observations and rewards are noise, and every step is a last one: only a network that tells
+    all steps apart can fit the targets, and all of it has to learn for that.
+    """
+    env = use(monkeypatch, kind, horizon=8)
+    run = Run(env, weight_decay=0.).act(8)
+    batch = run.sample(4)
+    batch["done"].fill_(True)
+    for x in (batch["tokens"]["reward"], batch["tokens"]["obs"]["vector"]):
+        x.normal_()
+    losses = [run.learner.update(batch)["critic_loss"].item() for _ in range(200)]
+    assert max(losses[-10:]) < losses[0] / 50
+
+
+def test_cloning_alone_imitates_the_better_half(monkeypatch):
+    """Catches a cloning loss with the wrong sign, action or filter: half of the random play in
+    this fixed buffer is paid 1, the other half -1."""
+    monkeypatch.setattr(am, "ONLINE_WEIGHT", 0.)          # nothing but cloning moves the actor
+    run = Run(use(monkeypatch, Match)).act(10).learn(80)
+    assert am.evaluate(run.agent, "probe", 64)["return_mean"] > 0.9
+
+
+# ---- probes ----
+
+
+def largest_error(run, expected):
+    """Of Q against `expected(batch, gammas)`, over steps, actions and every gamma."""
+    batch = run.sample()
+    return (run.q(batch) - expected(batch, run.agent.gammas)).abs().max()
+
+
+def test_constant_reward(monkeypatch):
+    """Catches critics that do not learn, or a PopArt that does not undo itself."""
+    run = Run(use(monkeypatch, Constant)).act(4).learn(60)
+    assert largest_error(run, lambda batch, gammas: 1.) < 0.1
+
+
+def test_reward_depends_on_the_observation(monkeypatch):
+    """Catches observations that do not reach the critics, or those of another step."""
+    run = Run(use(monkeypatch, Observed)).act(8).learn(80)
+
+    def expected(batch, gammas):
+        return batch["tokens"]["obs"]["vector"][:, :-1, :, None]         # (B, T, 1, 1)
+    assert largest_error(run, expected) < 0.1
+
+
+def test_reward_at_the_end_is_discounted(monkeypatch):
+    """Catches a wrong gamma, a `done` that is ignored, a target from the wrong step."""
+    run = Run(use(monkeypatch, Delayed)).act(40).learn(150)
+
+    def expected(batch, gammas):
+        return gammas[:, None] ** torch.tensor([3, 2, 1, 0])[:, None, None]
+    assert largest_error(run, expected) < 0.1
+
+
+@pytest.mark.parametrize("kind", [Choice, Choice1d])
+def test_reward_depends_on_the_action(monkeypatch, kind):
+    """Catches critics that get the wrong action, and an actor that does not climb them."""
+    run = Run(use(monkeypatch, kind), buffer_steps=4000).act(40).learn(150)
+
+    def expected(batch, gammas):
+        if kind is Choice:
+            return torch.tensor([-1., 1.])
+        return batch["tokens"]["action"][:, 1:]                          # (B, T, 1)
+    assert largest_error(run, expected) < 0.1
+    assert am.evaluate(run.agent, "probe", 32)["return_mean"] > 0.8
+
+
+def play(run, steps):
+    """Mean reward of each step of a rollout, (steps,), over 200 rollouts without noise."""
+    collector = am.Collector("probe", 200, run.agent, run.config.context, seed=99)
+    trajectory = [t for _ in range(steps) for _, t in collector.step()]
+    return np.mean([t.reward for t in trajectory], axis=0)
+
+
+@pytest.mark.parametrize("context, solves", [(1, False), (4, True)])
+def test_memory(monkeypatch, context, solves):
+    """Catches attention that does not reach back, and one that reaches beyond the context."""
+    run = Run(use(monkeypatch, Memory), context=context).act(60)
+    for _ in range(25):
+        run.act(4).learn(6)
+    last = play(run, 4)[-1]
+    assert last > 0.8 if solves else abs(last) < 0.3
+
+
+def test_first_try_is_the_only_clue(monkeypatch):
+    """Catches a previous action or reward that is missing from the tokens, or one step off."""
+    run = Run(use(monkeypatch, Meta)).act(40)
+    for _ in range(20):
+        run.act(4).learn(8)
+    first, second = play(run, 2)
+    assert abs(first) < 0.3 and second > 0.8
+
+
+def test_the_last_gamma_acts(monkeypatch):
+    """Catches an agent that acts by another gamma: gamma = .1 would rather take 0.3 now."""
+    run = Run(use(monkeypatch, Patience)).act(40)
+    for _ in range(15):
+        run.act(4).learn(8)
+    assert am.evaluate(run.agent, "probe", 64)["return_mean"] > 0.9
+
+
+# ---- random numbers (T19) ----
+
+
+def first_updates(monkeypatch, folder, seed):
+    """Losses of the first updates and all actions of a training run."""
+    losses, actions = [], []
+    update, act = am.Learner.update, am.Agent.act
+
+    def record_update(self, batch):
+        info = update(self, batch)
+        losses.append(info["critic_loss"].item())
+        return info
+
+    def record_act(self, tokens, cache):
+        actions.append(act(self, tokens, cache))
+        return actions[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(am.Learner, "update", record_update)
+        patch.setattr(am.Agent, "act", record_act)
+        am.train(am.Config(env="gym:CartPole-v1?horizon=20", env_steps=140, parallel_envs=4,
+                           eval_episodes=2, seed=seed, out=str(folder)))
+    return losses[:5], torch.cat(actions).tolist()
+
+
+def test_the_seed_decides_everything(monkeypatch, tmp_path):
+    """Catches randomness outside the seed, and a seed that is not used."""
+    (loss, act), (loss_again, act_again), (other_loss, other_act) = (
+        first_updates(monkeypatch, tmp_path / str(i), seed) for i, seed in enumerate((3, 3, 4)))
+    assert loss == loss_again and act == act_again
+    assert len(loss) == 5 and not set(loss) & set(other_loss) and act != other_act

@@ -1,0 +1,534 @@
+"""Targets, PopArt, critics, policies, who learns from what. Docstrings name the bugs they catch.
+
+Numbers are worked out by hand where that is possible; what is batched in the file is a loop here.
+"""
+
+import copy
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import amago_min
+from amago_min import (Actor, Agent, Categorical, Config, Critics, PopArt, Spec, TanhGaussian,
+                       actor_loss, critic_loss, masked_mean, random_subset_min, td_targets)
+from test_network import random_tokens
+
+GAMMAS = [.5, .9, .99]
+SPECS = {"discrete": Spec(vector=3, actions=4, horizon=9),
+         "continuous": Spec(vector=3, discrete=False, actions=2, horizon=9)}
+both_kinds = pytest.mark.parametrize("kind", SPECS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make_agent(kind):
+    """A nano agent whose targets and PopArt are no longer what they were at the start."""
+    agent = Agent(SPECS[kind], Config(gammas=GAMMAS, critics=3))
+    with torch.no_grad():
+        for p in [*agent.target_actor.parameters(), *agent.target_critics.parameters()]:
+            p += 0.1 * torch.randn_like(p)
+    for scale in (1.0, 3.0):
+        agent.popart.update(scale * torch.randn(50, 3) + 1, torch.ones(50, dtype=torch.bool))
+    return agent
+
+
+def make_batch(kind, lengths=(5, 3, 1)):
+    """Rollouts of these lengths; the first and the last of them end, the others are cut."""
+    tokens, T = random_tokens(SPECS[kind], len(lengths), max(lengths) + 1), max(lengths)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    done = torch.zeros(len(lengths), T, dtype=torch.bool)
+    done[0, lengths[0] - 1] = done[-1, lengths[-1] - 1] = True
+    return dict(tokens=tokens, done=done, mask=mask)
+
+
+# ----------------------------------------------------------------------------- T7 TD targets
+
+def test_td_targets_by_hand():
+    """Catches a gamma on the reward, a swapped gamma axis, and a `done` read the wrong way round.
+    The first rollout terminates at its last step, the second is cut there and goes on."""
+    reward = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    done = torch.tensor([[False, False, True], [False, False, False]])
+    next_value = torch.tensor([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]]).expand(2, 3, 2)
+    target = td_targets(reward, done, next_value, torch.tensor([.5, .9]))
+    expected = torch.tensor([[[6.0, 19.0], [17.0, 38.0], [3.0, 3.0]],
+                             [[6.0, 19.0], [17.0, 38.0], [28.0, 57.0]]])
+    torch.testing.assert_close(target, expected)
+
+
+def test_the_example_of_td_targets_docstring():
+    """Catches an example that is no longer true."""
+    for done, expected in ((False, [2.0, 4.6]), (True, [1.0, 1.0])):
+        target = td_targets(torch.ones(1, 1), torch.tensor([[done]]),
+                            torch.tensor([[[2.0, 4.0]]]), torch.tensor([.5, .9]))
+        torch.testing.assert_close(target[0, 0], torch.tensor(expected))
+
+
+# ----------------------------------------------------------------------------- T8 PopArt
+
+def everything(x):
+    """The mask that keeps all of x (..., G)."""
+    return torch.ones(x.shape[:-1], dtype=torch.bool)
+
+
+def test_popart_update_keeps_outputs():
+    """Catches a rescaling of w and b that is not the inverse of what the statistics did."""
+    popart, raw = PopArt(2, beta=0.1), torch.randn(7, 2)
+    for i in range(30):
+        before = popart.denormalize(popart(raw))
+        targets = torch.randn(40, 2) * torch.tensor([3.0, 0.2]) + torch.tensor([i, -5.0])
+        popart.update(targets, everything(targets))
+        torch.testing.assert_close(popart.denormalize(popart(raw)), before, atol=1e-4, rtol=0)
+    assert (popart.w - 1).abs().min() > 0.1 and popart.b.abs().min() > 0.1
+
+
+def test_popart_normalize_and_denormalize_are_inverse():
+    """Catches one of the two that scales where the other one shifts."""
+    popart, targets = PopArt(2), torch.randn(50, 2) * 8 + 3
+    popart.update(targets, everything(targets))
+    torch.testing.assert_close(popart.denormalize(popart.normalize(targets)), targets)
+
+
+def test_first_popart_update_takes_the_batch():
+    """Catches statistics that crawl from their initial values: beta = 5e-4 alone would."""
+    popart, targets = PopArt(2), torch.randn(6, 9, 2) * torch.tensor([4.0, 70.0]) + 20
+    popart.update(targets, everything(targets))
+    torch.testing.assert_close(popart.mean, targets.mean((0, 1)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(popart.std, targets.std((0, 1), correction=0), rtol=1e-3, atol=0)
+    normal = popart.normalize(targets)
+    torch.testing.assert_close(normal.mean((0, 1)), torch.zeros(2), atol=1e-4, rtol=0)
+
+
+def test_popart_step_is_that_of_its_docstring():
+    """Catches an average over updates whose later steps are too long or too short."""
+    popart, mean, square = PopArt(1, beta=0.3), 0.0, 1.0
+    for t in range(1, 5):
+        targets = torch.randn(20, 1) + 3 * t
+        popart.update(targets, everything(targets))
+        step = 0.3 / (1 - 0.7 ** t)
+        mean = (1 - step) * mean + step * targets.mean()
+        square = (1 - step) * square + step * (targets ** 2).mean()
+    torch.testing.assert_close(popart.mean[0], mean)
+    torch.testing.assert_close(popart.square[0], square)
+
+
+def test_popart_gammas_do_not_mix():
+    """Catches statistics that are pooled over gammas."""
+    targets = torch.randn(50, 2) + 1
+    one, other = PopArt(2), PopArt(2)
+    one.update(targets, everything(targets))
+    other.update(targets * torch.tensor([1.0, 100.0]), everything(targets))
+    assert one.mean[0] == other.mean[0] and one.std[0] == other.std[0] and one.w[0] == other.w[0]
+    assert other.std[1] > 50 * one.std[1]
+
+
+def test_popart_ignores_padding():
+    """Catches padding (NaN here) that enters the sums, or their denominator."""
+    targets, mask = torch.randn(4, 6, 2) + 1, torch.rand(4, 6) < 0.5
+    alone, padded = PopArt(2), PopArt(2)
+    alone.update(targets[mask], everything(targets[mask]))
+    padded.update(torch.where(mask[..., None], targets, math.nan), mask)
+    torch.testing.assert_close(padded.mean, alone.mean)
+    torch.testing.assert_close(padded.std, alone.std)
+
+
+def test_reward_scale_does_not_matter():
+    """Catches a scale that has to be tuned: a thousandfold reward gives the same targets."""
+    targets, normal = torch.randn(50, 2) + 1, []
+    for scale in (1.0, 1000.0):
+        popart = PopArt(2)
+        popart.update(scale * targets, everything(targets))
+        normal.append(popart.normalize(scale * targets))
+    torch.testing.assert_close(normal[0], normal[1], atol=1e-4, rtol=0)
+
+
+# ----------------------------------------------------------------------------- T9 critics
+
+def one_critic(critics, c, x):
+    """Critic c as three matrix products: x (d_in,) -> (d_out,)"""
+    for layer, (weight, bias) in enumerate(zip(critics.weights, critics.biases)):
+        x = x @ weight[c] + bias[c, 0]
+        x = F.leaky_relu(x, 0.01) if layer < 2 else x
+    return x
+
+
+def test_discrete_critics_equal_a_loop():
+    """Catches critics that share weights, and outputs cut up as (A, G) and not (G, A)."""
+    critics, s = Critics(6, actions=4, num_gammas=3, num_critics=2, hidden=8), torch.randn(2, 5, 6)
+    q = critics(s)
+    assert q.shape == (2, 5, 2, 3, 4)
+    for b, t, c in np.ndindex(2, 5, 2):
+        torch.testing.assert_close(q[b, t, c].flatten(), one_critic(critics, c, s[b, t]))
+
+
+def test_continuous_critics_equal_a_loop():
+    """Catches an action that the critics do not read, or read of another step."""
+    critics = Critics(6, 2, num_gammas=3, num_critics=2, hidden=8, discrete=False)
+    s, action = torch.randn(2, 5, 6), torch.randn(2, 5, 2)
+    q = critics(s, action)
+    assert q.shape == (2, 5, 2, 3)
+    for b, t, c in np.ndindex(2, 5, 2):
+        x = torch.cat([s[b, t], action[b, t]])
+        torch.testing.assert_close(q[b, t, c], one_critic(critics, c, x))
+
+
+def test_each_gamma_judges_its_own_action():
+    """Catches a diagonal over the wrong axes: gamma 0 that judges gamma 1's action."""
+    critics = Critics(6, 2, num_gammas=3, num_critics=2, hidden=8, discrete=False)
+    s, action = torch.randn(2, 5, 6), torch.randn(2, 5, 3, 2)
+    q = critics(s, action)
+    assert q.shape == (2, 5, 2, 3)
+    for g in range(3):
+        torch.testing.assert_close(q[..., g], critics(s, action[:, :, g])[..., g])
+
+
+def test_critics_start_like_nn_linear_and_apart():
+    """Catches an ensemble of equal critics, and a fan-in taken from the wrong axis."""
+    critics = Critics(64, actions=4, num_gammas=3, num_critics=2, hidden=256)
+    for weight, fan_in in zip(critics.weights, (64, 256, 256)):
+        assert not torch.equal(weight[0], weight[1])
+        assert 0.95 / fan_in ** .5 < weight.abs().max() <= 1 / fan_in ** .5
+
+
+def test_subset_min_is_the_minimum_of_a_pair():
+    """Catches a minimum over all critics, their mean, and a draw that no seed repeats."""
+    values = torch.randn(6, 7, 4, 3)
+    torch.manual_seed(1)
+    drawn = random_subset_min(values)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, random_subset_min(values))
+    assert drawn.shape == (6, 7, 3)
+    pairs = torch.minimum(values[:, :, :, None], values[:, :, None])     # (6, 7, C, C, G)
+    assert (pairs == drawn[:, :, None, None]).any(3).any(2).all()
+    assert (drawn > values.amin(2)).any(), "two of four critics often miss the lowest"
+    mean = torch.stack([random_subset_min(values) for _ in range(500)]).mean(0)
+    assert (mean < values.mean(2)).all()
+
+
+def test_subset_picks_every_critic_equally_and_anew():
+    """Catches a critic that is never drawn, and one draw shared by many entries."""
+    share, std = 7 / 16, math.sqrt(7 / 16 * 9 / 16 / 7500)   # two draws of four, with replacement
+    for c in range(4):
+        values = torch.zeros(50, 50, 4, 3)
+        values[:, :, c] = -1.0
+        picked = -random_subset_min(values)             # 1 where c was drawn
+        assert abs(picked.mean() - share) < 4 * std
+        assert all((picked != picked.flip(axis)).any() for axis in range(3))
+
+
+# ----------------------------------------------------------------------------- T12 policies
+
+def test_categorical_log_prob_equals_torch():
+    """Catches gammas mixed with actions in the gather."""
+    logits, action = torch.randn(5, 3, 4), torch.tensor([0, 3, 1, 2, 3])
+    ours, theirs = Categorical(logits), torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(ours.probs, theirs.probs)
+    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action[:, None].expand(5, 3)))
+
+
+def test_categorical_samples_have_their_probabilities():
+    """Catches an off-by-one in the inverse of the cumulative sum, and gammas that share it."""
+    probs, n = torch.tensor([[.1, 0, .6, .3], [.25, .25, .25, .25], [0, 0, 0, 1]]), 20_000
+    drawn = Categorical(probs.log().expand(n, 3, 4)).sample()
+    assert drawn.shape == (n, 3) and not drawn.is_floating_point()
+    share = F.one_hot(drawn, 4).float().mean(0)
+    tolerance = 4.5 * (probs * (1 - probs) / n).sqrt() + 1e-9            # standard deviations
+    assert ((share - probs).abs() <= tolerance).all()
+    assert (drawn[:, 0] != drawn[:, 1]).any()
+
+
+def test_tanh_gaussian_log_prob_equals_torch():
+    """Catches a wrong tanh correction, and a sum over gammas in place of action dimensions."""
+    params = torch.randn(5, 3, 4)
+    action = torch.rand(5, 2) * 1.8 - 0.9
+    policy = TanhGaussian(params)
+    normal = torch.distributions.Normal(policy.mean, policy.log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(
+        normal, torch.distributions.transforms.TanhTransform())
+    expected = squashed.log_prob(action[:, None].expand(5, 3, 2)).sum(-1)
+    torch.testing.assert_close(policy.log_prob(action), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tanh_gaussian_integrates_to_one():
+    """Catches a missing tanh correction without trusting anyone's formula: the density that
+    log_prob claims must integrate to 1 over (-1, 1)."""
+    policy = TanhGaussian(torch.tensor([[0.3, 0.2]]))   # one gamma, one dimension, std 0.4
+    action = torch.linspace(-0.995, 0.995, 20_001)
+    density = policy.log_prob(action[:, None]).exp()[:, 0]
+    assert abs(torch.trapezoid(density, action) - 1) < 1e-3
+
+
+def test_tanh_correction_is_the_derivative():
+    """Catches the correction of another squashing function: d tanh / dx, measured numerically."""
+    policy, x = TanhGaussian(torch.zeros(1, 2)), torch.tensor([-2.0, -.5, 0, 1, 2.5]).double()
+    slope = (torch.tanh(x + 1e-5) - torch.tanh(x - 1e-5)) / 2e-5
+    normal = torch.distributions.Normal(0.0, policy.log_std.exp().item())
+    expected = normal.log_prob(x) - slope.log()
+    torch.testing.assert_close(policy.log_prob(torch.tanh(x)[:, None])[:, 0], expected)
+
+
+def test_tanh_gaussian_at_the_border_is_finite():
+    """Catches atanh(1) = inf: noise pushes real actions exactly to the border."""
+    policy = TanhGaussian(torch.zeros(2, 1, 4, requires_grad=True))
+    border = policy.log_prob(torch.tensor([[1.0, -1.0], [0.995, -0.995]]))
+    assert border.isfinite().all() and torch.equal(border[0], border[1])
+
+
+def test_tanh_gaussian_samples_its_density():
+    """Catches a variance used for a standard deviation; the range of log_std is the docstring's."""
+    policy = TanhGaussian(torch.tensor([0.4, -0.3]).expand(20_000, 1, 2))
+    sample = policy.sample()
+    assert sample.shape == (20_000, 1, 1)
+    std = math.exp(-5 + 3.5 * (math.tanh(-0.3) + 1))
+    raw = torch.atanh(sample)
+    assert abs(raw.mean() - 0.4) < 5 * std / math.sqrt(20_000)
+    assert abs(raw.std() / std - 1) < 5 / math.sqrt(2 * 20_000)
+    limits = TanhGaussian(torch.tensor([0.0, 0.0, -99.0, 99.0])).log_std
+    torch.testing.assert_close(limits, torch.tensor([-5.0, 2.0]))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_actor_has_one_policy_per_gamma(discrete):
+    """Catches outputs cut up as (A, G), and a last axis halved the wrong way round."""
+    actor, s = Actor(6, 4, num_gammas=3, hidden=8, discrete=discrete), torch.randn(2, 5, 6)
+    policy, out = actor(s), actor.mlp(s.flatten(0, 1)).view(2, 5, 3, -1)
+    if discrete:
+        torch.testing.assert_close(policy.probs, out.softmax(-1))
+        assert policy.sample().shape == (2, 5, 3)
+    else:
+        torch.testing.assert_close(policy.mean, out[..., :4])
+        assert policy.sample().shape == (2, 5, 3, 4)
+        assert policy.log_prob(torch.zeros(2, 5, 4)).shape == (2, 5, 3)
+
+
+# ----------------------------------------------------------------------------- loss terms
+
+def test_masked_mean_ignores_padding():
+    """Catches padding (NaN here) in the sum or in the count, for any trailing dimensions."""
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    for trailing in ((), (2,), (4, 2)):
+        x = torch.randn((2, 3) + trailing)
+        poisoned = x.clone()
+        poisoned[~mask] = math.nan
+        torch.testing.assert_close(masked_mean(poisoned, mask), x[mask].mean())
+
+
+def test_critic_loss_by_hand():
+    """Catches a target that meets another gamma or critic; three real steps, one is padding."""
+    q = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[9.0, 9.0], [9.0, 9.0]]]])      # (1, 2, C, G)
+    target, mask = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), torch.tensor([[True, False]])
+    # (1 - 0)^2, (2 - 1)^2, (3 - 0)^2, (4 - 1)^2 -> 1, 1, 9, 9
+    torch.testing.assert_close(critic_loss(q, target, mask), torch.tensor(5.0))
+
+
+def test_actor_loss_by_hand():
+    """Catches cloning of what is no better (advantage <= 0), a mean over critics for the minimum,
+    and a wrong sign. One real step, two gammas, two critics; the second step is padding."""
+    value = torch.tensor([[[[1.0, 8.0], [3.0, 4.0]], [[9.0, 9.0], [9.0, 9.0]]]])
+    log_prob = torch.tensor([[[-2.0, -6.0], [-100.0, -100.0]]])
+    mask = torch.tensor([[True, False]])
+    cases = ([.5, .5], 4.0), ([.5, -.5], 1.0), ([0.0, .5], 3.0), ([0.0, -1.0], 0.0)
+    for advantage, expected in cases:
+        advantage = torch.tensor([[advantage, [1.0, 1.0]]])
+        online, offline = actor_loss(value, log_prob, advantage, mask)
+        torch.testing.assert_close(online, torch.tensor(-2.5))           # minima 1 and 4
+        torch.testing.assert_close(offline, torch.tensor(expected))
+
+
+# ----------------------------------------------------------------------------- T10 who learns
+
+def policy_value(critics, policy, s):
+    """Q (C, G) of a policy at one state s (1, D): exact, or at its sample"""
+    if isinstance(policy, Categorical):
+        return (critics(s)[0] * policy.probs).sum(-1)
+    return critics(s, policy.sample())[0]
+
+
+def loss_by_hand(agent, popart, batch):
+    """Agent.loss as loops over rollouts, steps, gammas and critics, with the minimum over all
+    critics in the target. `popart`: the agent's before the loss; agent.popart: after it."""
+    tokens, td, online, offline = batch["tokens"], [], [], []
+    s = agent.trunk(tokens)
+    for b, t in zip(*torch.where(batch["mask"])):
+        now, after = s[b, t][None], s[b, t + 1][None]                    # (1, D)
+        action = tokens["action"][b, t + 1]                              # it led to token t + 1
+        q = (agent.critics(now)[0, :, :, action] if agent.spec.discrete else
+             agent.critics(now, action[None])[0])                        # (C, G)
+        pi = agent.actor(now)
+        v = policy_value(agent.critics, pi, now)
+        next_q = policy_value(agent.target_critics, agent.target_actor(after), after)
+        next_value = popart.denormalize(popart(next_q.amin(0)))          # (G,)
+        for g, gamma in enumerate(GAMMAS):
+            y = tokens["reward"][b, t + 1]
+            if not batch["done"][b, t]:
+                y = y + gamma * next_value[g]
+            for c in range(len(q)):
+                td.append((agent.popart(q[c]) - agent.popart.normalize(y))[g] ** 2)
+            online.append(-agent.popart(v)[:, g].min())
+            imitate = q[:, g].mean() > v[:, g].mean()
+            offline.append(-imitate.float() * pi.log_prob(action[None])[0, g])
+    return [torch.stack(terms).mean() for terms in (td, online, offline)]
+
+
+@both_kinds
+def test_loss_equals_loops(kind, monkeypatch):
+    """Catches s_t taken for s_t+1, an action or reward of another step, online heads for target
+    heads, and old statistics for new ones: the whole of Agent.loss against its definition."""
+    monkeypatch.setattr(amago_min, "random_subset_min", lambda values: values.amin(2))
+    monkeypatch.setattr(TanhGaussian, "sample", lambda self: torch.tanh(self.mean))
+    agent, batch = make_agent(kind).eval(), make_batch(kind)
+    before = copy.deepcopy(agent.popart)
+    with torch.no_grad():
+        loss, info = agent.loss(batch)
+        td, online, offline = loss_by_hand(agent, before, batch)
+    torch.testing.assert_close(info["critic_loss"], td, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(info["actor_loss"], online, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(info["bc_loss"], offline, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, 10 * td + online + 0.1 * offline, rtol=1e-4, atol=1e-5)
+
+
+def gradients(agent, batch, monkeypatch, critic=0.0, online=0.0, offline=0.0):
+    """Sum of |gradient| of every part of the agent, for these weights of the three terms."""
+    for name, weight in dict(CRITIC=critic, ONLINE=online, OFFLINE=offline).items():
+        monkeypatch.setattr(amago_min, f"{name}_WEIGHT", weight)
+    agent.zero_grad(set_to_none=True)
+    agent.train().loss(batch)[0].backward()
+    return {name: sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None)
+            for name, part in agent.named_children()}
+
+
+@both_kinds
+def test_td_loss_trains_trunk_and_critics(kind, monkeypatch):
+    """Catches a TD loss that reaches the actor or a target network, or not the Transformer."""
+    size = gradients(make_agent(kind), make_batch(kind), monkeypatch, critic=1.0)
+    assert all(size[part] > 0 for part in ("encoder", "transformer", "critics"))
+    assert size["actor"] == size["target_actor"] == size["target_critics"] == 0
+
+
+@both_kinds
+@pytest.mark.parametrize("term", ["online", "offline"])
+def test_actor_losses_train_trunk_and_actor(kind, term, monkeypatch):
+    """Catches critics that learn to please the actor: the shared update is unstable then."""
+    size = gradients(make_agent(kind), make_batch(kind), monkeypatch, **{term: 1.0})
+    assert all(size[part] > 0 for part in ("encoder", "transformer", "actor"))
+    assert size["critics"] == size["target_actor"] == size["target_critics"] == 0
+
+
+@both_kinds
+@pytest.mark.parametrize("term", ["online", "offline"])
+def test_actor_losses_reach_the_trunk_through_the_actor_only(kind, term, monkeypatch):
+    """Catches an s that is not stopped on its way into the critics: with an actor that ignores s,
+    nothing may arrive at the trunk."""
+    agent = make_agent(kind)
+    nn.init.zeros_(agent.actor.mlp[0].weight)
+    size = gradients(agent, make_batch(kind), monkeypatch, **{term: 1.0})
+    assert size["actor"] > 0 and size["encoder"] == size["transformer"] == 0
+
+
+@both_kinds
+def test_td_targets_give_no_gradient_to_the_next_state(kind, monkeypatch):
+    """Catches a target that is learned instead of the value: a one-step rollout's last token is
+    read by the target only, so its input gets no gradient."""
+    agent, batch = make_agent(kind), make_batch(kind, lengths=(1, 1))
+    batch["done"][:] = False
+    batch["tokens"]["obs"]["vector"].requires_grad_(True)
+    gradients(agent, batch, monkeypatch, critic=1.0, online=1.0, offline=1.0)
+    grad = batch["tokens"]["obs"]["vector"].grad
+    assert grad[:, 0].abs().sum() > 0 and (grad[:, 1] == 0).all()
+
+
+@both_kinds
+def test_every_trainable_parameter_learns(kind, monkeypatch):
+    """Catches a layer that is built and never used, or frozen by mistake."""
+    agent = make_agent(kind)
+    gradients(agent, make_batch(kind), monkeypatch, 10.0, 1.0, 0.1)
+    for name, p in agent.named_parameters():
+        if name.startswith("target_"):
+            assert not p.requires_grad and p.grad is None, name
+        else:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+# ----------------------------------------------------------------------------- T11 targets
+
+def pairs(agent):
+    """(name, target, online) of every parameter that has a slow copy."""
+    for head in ("actor", "critics"):
+        online = dict(getattr(agent, head).named_parameters())
+        for name, target in getattr(agent, f"target_{head}").named_parameters():
+            yield f"{head}.{name}", target, online[name]
+
+
+def test_targets_start_as_copies():
+    """Catches targets that are other random networks, or the same tensors, at the start."""
+    for name, target, online in pairs(Agent(SPECS["discrete"], Config())):
+        assert torch.equal(target, online) and target is not online, name
+
+
+@both_kinds
+def test_targets_follow_slowly(kind):
+    """Catches tau and 1 - tau swapped, and a head that is forgotten."""
+    agent = make_agent(kind)
+    before = {name: (target.clone(), online.clone()) for name, target, online in pairs(agent)}
+    agent.update_targets(tau=0.003)
+    for name, target, online in pairs(agent):
+        old, same = before[name]
+        assert torch.equal(online, same) and not torch.equal(target, old), name
+        torch.testing.assert_close(target, 0.003 * online + 0.997 * old, atol=1e-7, rtol=0)
+
+
+def test_the_trunk_has_no_target():
+    """Catches a slow copy of the trunk: targets read the online s_t+1, as the picture says."""
+    assert [name for name, _ in make_agent("discrete").named_children() if "target" in name] == [
+        "target_actor", "target_critics"]
+
+
+# ----------------------------------------------------------------------------- acting, contract
+
+def test_the_last_gamma_acts():
+    """Catches actions of gamma = .1: the policy of gamma number g always takes action g here."""
+    agent = make_agent("discrete").eval()
+    nn.init.zeros_(agent.actor.mlp[-1].weight)
+    with torch.no_grad():
+        agent.actor.mlp[-1].bias.copy_(100 * torch.eye(3, 4).flatten())
+    cache = agent.transformer.new_cache(5, 9)
+    assert agent.act(random_tokens(SPECS["discrete"], 5, T=1), cache).tolist() == [2] * 5
+
+
+@both_kinds
+def test_acting_equals_training_forward(kind):
+    """Catches an encoder, clock or cache that treats one token unlike a whole rollout."""
+    agent, tokens = make_agent(kind).eval(), random_tokens(SPECS[kind], 3, T=9)
+    cache = agent.transformer.new_cache(3, 9)
+    full = agent.trunk(tokens)
+    for t in range(9):
+        now = {name: x[:, t:t + 1] for name, x in tokens.items() if name != "obs"}
+        now["obs"] = {name: x[:, t:t + 1] for name, x in tokens["obs"].items()}
+        s = agent.trunk(now, cache=cache)
+        cache.end_step()
+        torch.testing.assert_close(s[:, 0], full[:, t], atol=1e-5, rtol=1e-5)
+
+
+def test_acting_in_training_mode_is_refused():
+    """Catches a collector that forgets eval(): every action would change u and v."""
+    agent = make_agent("discrete").train()
+    with pytest.raises(AssertionError, match="eval"):
+        agent.act(random_tokens(SPECS["discrete"], 1, T=1), agent.transformer.new_cache(1, 9))
+
+
+def test_signatures_of_the_contract():
+    """Catches a renamed argument that other people's code relies on."""
+    def arguments(function):
+        return list(inspect.signature(function).parameters)
+    assert arguments(td_targets) == ["reward", "done", "next_value", "gammas"]
+    assert arguments(PopArt)[0] == "num_gammas"
+    assert arguments(PopArt.update) == ["self", "targets", "mask"]
+    assert arguments(PopArt.normalize) == ["self", "values"]
+    assert arguments(PopArt.denormalize) == ["self", "normalized"]
