@@ -75,6 +75,10 @@ SIZES = {
 POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 
 
+class UsageError(ValueError):
+    """The user asked for something that is not there; the message, one line, says what is."""
+
+
 def option(default, help, choices=None, low=None, high=None):
     """A Config field: its default, its help text, and what it may be (choices, or low..high)."""
     meta = dict(help=help, choices=choices, low=low, high=high)
@@ -87,7 +91,7 @@ def option(default, help, choices=None, low=None, high=None):
 class Config:
     """All options. `Config(env="gym:CartPole-v1", lr=3e-4)` in Python, `--env ... --lr` in a shell.
 
-    Raises ValueError, in one line, for a value that is out of range.
+    Raises UsageError for a value that is out of range.
     """
     # what to run
     env: str = option("popgym:RepeatPrevious", "environment, suite:Name (python envs.py lists them)")
@@ -127,30 +131,30 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            flag, value, rule = "--" + field.name.replace("_", "-"), getattr(self, field.name), \
-                field.metadata
+            flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
+            rule = field.metadata
             if rule["choices"] and value not in rule["choices"]:
-                raise ValueError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}"
+                raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}"
                                  f"{nearest(value, rule['choices'])}")
             for number in value if isinstance(value, list) else [value]:
                 if rule["low"] is not None and not number >= rule["low"]:
-                    raise ValueError(f"{flag} {number} is too small: the least is {rule['low']}")
+                    raise UsageError(f"{flag} {number} is too small: the least is {rule['low']}")
                 if rule["high"] is not None and not number <= rule["high"]:
-                    raise ValueError(f"{flag} {number} is too large: the most is {rule['high']}")
+                    raise UsageError(f"{flag} {number} is too large: the most is {rule['high']}")
         if not self.gammas or max(self.gammas) >= 1:
-            raise ValueError("--gammas needs one or more numbers in [0, 1); the last one acts")
+            raise UsageError("--gammas needs one or more numbers in [0, 1); the last one acts")
         if self.target_return not in ("auto", "none"):
             try:
                 float(self.target_return)
             except ValueError:
-                raise ValueError(f"--target-return {self.target_return!r} is neither a number nor"
+                raise UsageError(f"--target-return {self.target_return!r} is neither a number nor"
                                  " none nor auto") from None
 
     def learning_rate(self):
         return self.lr or SIZES[self.size]["lr"]
 
     def torch_device(self):
-        """The device to compute on. Raises ValueError if it is not there."""
+        """The device to compute on. Raises UsageError if it is not there."""
         name = self.device
         if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,7 +163,7 @@ class Config:
             return torch.device(name)
         except (RuntimeError, AssertionError):
             there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-            raise ValueError(f"--device {name!r} is not here; there is {', '.join(there)}") from None
+            raise UsageError(f"--device {name!r} is not here; there is {', '.join(there)}") from None
 
 
 def nearest(word, words):
@@ -200,9 +204,22 @@ class SigmaLinear(nn.Module):
         left, _, right = torch.linalg.svd(self.weight.detach(), full_matrices=False)
         self.register_buffer("u", left[:, 0].clone())    # (d_out,)
         self.register_buffer("v", right[0].clone())      # (d_in,)
+        self.kept = (None, None)                         # W_hat for acting, see below
 
     def scaled_weight(self):
-        """W_hat (d_out, d_in): the weight that is really applied."""
+        """W_hat (d_out, d_in): the weight that is really applied.
+
+        Acting takes hundreds of steps with the same weights, so W_hat is kept until any tensor in
+        it has changed: torch counts every in-place change of a tensor in `_version`.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self._scaled_weight()
+        state = [(x.data_ptr(), x._version) for x in (self.weight, self.gamma, self.u, self.v)]
+        if self.kept[0] != state:
+            self.kept = state, self._scaled_weight()
+        return self.kept[1]
+
+    def _scaled_weight(self):
         u, v = self.u, self.v
         if self.training:
             with torch.no_grad():
@@ -627,6 +644,13 @@ class Critics(nn.Module):
         # Row i holds the action of gamma i; only gamma i's own output of it is wanted.
         return q.diagonal(dim1=-3, dim2=-1) if per_gamma else q
 
+    @torch.no_grad()
+    def rescale(self, w, b):
+        """Change the last layer so that every output q_g becomes w_g q_g + b_g; w, b (G,)."""
+        w, b = (x.repeat_interleave(self.biases[-1].shape[-1] // self.num_gammas) for x in (w, b))
+        self.weights[-1].mul_(w)
+        self.biases[-1].mul_(w).add_(b)
+
 
 class PopArt(nn.Module):
     """Learn values on one scale, whatever the rewards [4]: normalised targets, kept outputs.
@@ -636,20 +660,23 @@ class PopArt(nn.Module):
                              b <- (std_old b + mean_old - mean_new) / std_new
         so that denormalize(w x + b) is the same number before and after.
 
-    mean and std are running ones per gamma (weights as in RunningNorm), from masked targets.
+    mean and std are running ones per gamma (weights as in RunningNorm), from masked targets. Before
+    the first update std is at its floor, so all values count as 0 and the first targets are rewards.
     Here it keeps critic and actor losses at a fixed ratio, so that no reward scale needs tuning.
     """
 
     def __init__(self, num_gammas, beta=5e-4):
         super().__init__()
         self.beta = beta
-        for name, value in dict(mean=0.0, square=1.0, w=1.0, b=0.0).items():
+        for name, value in dict(mean=0.0, square=0.0, w=1.0, b=0.0).items():
             self.register_buffer(name, torch.full((num_gammas,), value))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     @property
     def std(self):
-        return (self.square - self.mean ** 2).clamp(1e-8, 1e12).sqrt()   # (G,)
+        """(G,). At least a tenth of the targets' size: a near-constant must not be blown up."""
+        variance = torch.maximum(self.square - self.mean ** 2, 0.01 * self.square)
+        return variance.clamp(1e-8, 1e12).sqrt()
 
     @torch.no_grad()
     def update(self, targets, mask):
@@ -660,9 +687,9 @@ class PopArt(nn.Module):
         old_mean, old_std = self.mean.clone(), self.std
         self.mean.lerp_(targets.sum(0) / mask.sum(), step)
         self.square.lerp_((targets ** 2).sum(0) / mask.sum(), step)
-        std = self.std
-        self.b.copy_((old_std * self.b + old_mean - self.mean) / std)
-        self.w.mul_(old_std / std)
+        if self.count > 1:                               # before that, there is nothing to keep
+            self.b.copy_((old_std * self.b + old_mean - self.mean) / self.std)
+            self.w.mul_(old_std / self.std)
 
     def normalize(self, values):
         return (values - self.mean) / self.std
@@ -789,6 +816,15 @@ class Agent(nn.Module):
         online = [*self.actor.parameters(), *self.critics.parameters()]
         torch._foreach_lerp_(targets, online, tau)
 
+    @torch.no_grad()
+    def fold_popart(self):
+        """Move PopArt's w, b into the critics' last layers, as in [4]. Left outside, w multiplies
+        the step size: w = 200 where rewards are .005, and CartPole never learns."""
+        for critics in (self.critics, self.target_critics):
+            critics.rescale(self.popart.w, self.popart.b)
+        self.popart.w.fill_(1.0)
+        self.popart.b.fill_(0.0)
+
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
         return self.transformer(self.encoder(tokens, mask), tokens["time"], cache)
@@ -827,6 +863,7 @@ class Agent(nn.Module):
             target = td_targets(reward, done, next_value, self.gammas)
             assert target.shape == (B, T, G), target.shape
             self.popart.update(target, mask)
+            self.fold_popart()
 
         # Critics at the action that was taken (q), and at the policy's (v) with neither the critics
         # nor s in the graph, so that the actor's losses reach them through pi alone.
@@ -1040,8 +1077,8 @@ class Collector:
         self.name, self.agent, self.spec = env, agent, agent.spec
         self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
         self.device = next(agent.parameters()).device
-        context = min(context, self.spec.horizon) + 1     # tokens: one more than transitions
-        self.cache = agent.transformer.new_cache(n_envs, context)
+        # A slice of `context` transitions trains actions that saw at most `context` tokens.
+        self.cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
         N, H, spec = n_envs, self.spec.horizon + 1, self.spec
         self.time = np.zeros(N, np.int64)
         self.rows = np.arange(N)
@@ -1059,21 +1096,24 @@ class Collector:
         self.reset[:, 0] = True
 
     def _store(self, observations):
-        """Write every environment's newest observation at its own time, and check it."""
+        """Write every environment's newest observation at its own time."""
+        for i, observation in enumerate(observations):
+            self._check(i, observation)
         for part, store in self.obs.items():
-            rows = [o[part] for o in observations] if isinstance(observations[0], dict) \
-                else observations
-            try:
-                block = np.stack(rows)
-                store[self.rows, self.time] = block
-                bad = None if block.dtype == np.uint8 or np.isfinite(block).all() else "NaN or inf"
-            except ValueError:
-                bad = f"a shape other than {store.shape[2:]}"
-            if bad:
-                i = next(i for i, x in enumerate(rows) if np.shape(x) != store.shape[2:]
-                         or not np.isfinite(x).all())
-                raise BrokenEnvironment(f"{self.name}: {bad} in the observation's {part!r} at step"
-                                        f" {self.time[i]} (environment {i})")
+            store[self.rows, self.time] = [o[part] for o in observations] \
+                if isinstance(observations[0], dict) else observations
+
+    def _check(self, i, observation):
+        """Raise BrokenEnvironment if environment i's observation is not what its space says."""
+        parts = observation if isinstance(observation, dict) else {next(iter(self.obs)): observation}
+        for part, x in parts.items():
+            expected = self.obs[part].shape[2:]
+            if x.shape != expected:
+                raise BrokenEnvironment(f"{self.name}: observation {part!r} at step {self.time[i]} of"
+                                        f" environment {i} has shape {x.shape}, not {expected}")
+            if x.dtype.kind == "f" and not math.isfinite(x.sum()):
+                raise BrokenEnvironment(f"{self.name}: observation {part!r} at step {self.time[i]} of"
+                                        f" environment {i} holds NaN or inf: {x}")
 
     def tokens(self):
         """The newest token of every environment, each (N, 1, ...)."""
@@ -1098,7 +1138,8 @@ class Collector:
             obs, reward, terminated, truncated, info = env.step(a)
             t = self.time[i]
             if not math.isfinite(reward):
-                raise BrokenEnvironment(f"{self.name}: reward {reward} at step {t} (environment {i})")
+                raise BrokenEnvironment(f"{self.name}: the reward at step {t} of environment {i} is"
+                                        f" {reward}")
             self.reward[i, t] = reward
             self.done[i, t] = terminated or (truncated and not self.bootstrap_truncated)
             self.reset[i, t] = info.get("reset", False)
@@ -1122,6 +1163,7 @@ class Collector:
         """Copy environment i's rollout out of the arrays."""
         T = int(self.time[i])
         obs = {}
+        self._check(i, last_obs)
         for part, x in self.obs.items():
             x[i, T] = last_obs[part] if isinstance(last_obs, dict) else last_obs
             obs[part] = x[i, :T + 1].copy()
@@ -1288,10 +1330,6 @@ def train(config):
                         env_steps=collector.env_steps)
         log.finish()
     return log.folder
-
-
-class UsageError(ValueError):
-    """The user asked for something that is not there; the message says what is. Exit code 2."""
 
 
 def open_environment(name):
@@ -1522,10 +1560,7 @@ def parse_command_line(argv=None):
                        metavar="|".join(rule["choices"]) if rule["choices"] else
                        {int: "INT", float: "NUMBER", str: "TEXT"}[kind])
         parser.add_argument("--" + name.replace("_", "-"), **how)
-    try:
-        return Config(**vars(parser.parse_args(argv)))
-    except ValueError as problem:
-        raise UsageError(str(problem)) from problem
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def whole_number(text):

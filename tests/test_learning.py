@@ -76,7 +76,7 @@ def test_reward_at_the_end_is_discounted(monkeypatch):
 @pytest.mark.parametrize("kind", [Choice, Choice1d])
 def test_reward_depends_on_the_action(monkeypatch, kind):
     """Catches critics that get the wrong action, and an actor that does not climb them."""
-    run = Run(use(monkeypatch, kind), buffer_steps=4000).act(40).learn(150)
+    run = Run(use(monkeypatch, kind), explore_steps=10_000).act(40).learn(150)
 
     def expected(batch, gammas):
         if kind is Choice:

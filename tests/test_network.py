@@ -242,7 +242,8 @@ def test_one_power_iteration_per_training_forward_and_none_in_eval():
     """Catches acting that changes the network, and sigma estimated from a stale u."""
     layer = sigma_linear()
     u, v = layer.u.clone(), layer.v.clone()
-    layer.eval()(torch.zeros(1, 12))
+    acted = layer.eval().scaled_weight()
+    torch.testing.assert_close(acted, 2.5 * layer.weight / (u @ layer.weight @ v))
     assert torch.equal(layer.u, u) and torch.equal(layer.v, v)
     layer.train()(torch.zeros(1, 12))
     new_u = F.normalize(layer.weight.detach() @ v, dim=0)
@@ -256,6 +257,27 @@ def test_u_and_v_are_saved():
     loaded.load_state_dict(layer.state_dict())
     x = torch.randn(5, 12)
     assert torch.equal(loaded.eval()(x), layer.eval()(x))
+
+
+@torch.no_grad()
+def test_acting_follows_every_change_of_the_weights():
+    """Catches a weight kept for acting that is older than the last update or load. Fused AdamW is
+    the trap: it changes parameters without counting up their `_version`."""
+    layer, x = sigma_linear(iterations=1).eval(), torch.randn(2, 12)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    def update():
+        with torch.enable_grad():
+            layer.train()(x).square().sum().backward()
+        layer.eval()
+        optimizer.step()
+    for change in (update, lambda: layer.gamma.mul_(2), lambda: layer.weight.mul_(torch.rand(12)),
+                   lambda: layer.load_state_dict(SigmaLinear(12, 20).state_dict())):
+        before = layer(x)
+        change()
+        weight = layer.gamma * layer.weight / (layer.u @ layer.weight @ layer.v)
+        torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
+        assert (layer(x) - before).abs().max() > 1e-3
 
 
 def test_gradient_reaches_the_weight_through_sigma():

@@ -1,0 +1,173 @@
+"""How fast amago_min is here, beside what this machine can do. By hand, on a quiet machine:
+
+    python tests/benchmarks/speed.py              # all tables; @@speed_minutes@@ on @@hardware@@
+    python tests/benchmarks/speed.py --quick      # two contexts, fewer repeats
+    python tests/benchmarks/speed.py --device cuda --sizes paper         # never run: no GPU here
+
+What was tried: updates/s, before -> after, size paper, RepeatPreviousEasy, batch 24, @@hardware@@
+
+    in-place activations, and heads on flat (B T, D)       @@before1@@ -> @@after1@@     kept
+    critic ensemble: an expanded view and bmm              @@before2@@ -> @@after2@@     kept
+    W_hat kept while acting (env steps/s, nano, 16 envs)   @@before3@@ -> @@after3@@     kept
+    malloc thresholds, so that large blocks are reused     7-8 % less CPU time           not used
+    @@more@@
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if "--cell" in sys.argv:    # not in the parent: a process inherits the peak memory of its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import numpy as np
+    import torch
+    import amago_min as am
+
+ENV, BATCH = "popgym:RepeatPreviousEasy", 24
+# updates/s on ENV and env steps/s while acting: the goals, and official AMAGO run eagerly, with 12
+# to 16 environments. Measured once, with torch 2.13 on 2 cores with a matmul peak of 330 GFLOP/s.
+GOALS = {"small": 25, "paper": 17, "acting": 30_000}
+OFFICIAL = {"small": 7.6, "paper": 4.3, "acting": 2_900}
+
+
+# ---- The cells, each in a process of its own: dict of settings -> dict of numbers ----
+
+def seconds_per_call(call, cell):
+    """-> dict(median, best) over 7 (--quick: 3) repeats of at least 0.2 s each, after a warm-up"""
+    def timed(calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if cell["device"] != "cpu":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+    calls = math.ceil(0.2 / min(timed(1) for _ in range(3)))
+    times = [timed(calls) for _ in range(3 if cell["quick"] else 7)]
+    return dict(median=statistics.median(times), best=min(times))
+
+
+def peak(cell):
+    """The best of square fp32 matrix products of several sizes, in FLOP/s."""
+    pairs = [torch.randn(2, n, n, device=cell["device"]) for n in (1024, 2048, 4096)]
+    rates = [2 * len(a) ** 3 / seconds_per_call(lambda: a @ b, cell)["best"] for a, b in pairs]
+    return dict(rate=max(rates), threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+def flops(agent, T):
+    """FLOPs of one update, a multiply-add counted as 2, and how many of them are attention's.
+
+        linear layers of encoder and Transformer    2 |W| for each of B (T+1) tokens           x 3
+        attention, q k' and weights v, causal       2 x 2 D (T+1)^2 / 2 per layer and rollout  x 3
+        actor and C critics                         2 |W| for each of B T transitions          x 3
+        target actor and C target critics           the same, forward only                     x 1
+
+    x 3: one forward and one backward pass, which costs two. Left out: all that is no matrix product
+    (norms, activations, softmax, PopArt, AdamW) and the W'u of sigma. For discrete actions.
+    """
+    def linear(part):
+        return sum(2 * layer.weight.numel() for layer in part.modules()
+                   if isinstance(layer, (am.nn.Linear, am.SigmaLinear)))
+    trunk, tokens = agent.transformer, BATCH * (T + 1)
+    attention = 3 * tokens * (T + 1) * 2 * trunk.width * len(trunk.blocks)
+    heads = linear(agent.actor) + sum(2 * w.numel() for w in agent.critics.weights)
+    linears = 3 * tokens * (linear(agent.encoder) + linear(trunk)) + 4 * BATCH * T * heads
+    return linears + attention, attention
+
+
+def build(cell, T=0):
+    """-> Config, Agent, and a Collector on ENV (None where T steps are to be made up instead)"""
+    spec = am.Spec(vector=4, actions=4, horizon=T) if T else am.Spec.of(am.open_environment(ENV))
+    config = am.Config(env=ENV, size=cell["size"], batch=BATCH, context=spec.horizon)
+    agent, n = am.Agent(spec, config).to(cell["device"]).eval(), cell.get("envs", 16)
+    noise = am.Exploration(spec, n, config.explore_steps, np.random.default_rng(0))
+    return config, agent, None if T else am.Collector(ENV, n, agent, config.context, 0, noise)
+
+
+def update(cell):
+    """Sample and learn, on made-up rollouts of `context` steps or, if that is 0, those of ENV."""
+    config, agent, collector = build(cell, cell["context"])
+    T, rng = config.context, np.random.default_rng(0)
+    total, attention = flops(agent, T)
+    expected = (3 + 7) * total / cell["rate"]                # as fast as it was at the last context
+    if expected > cell["limit"]:
+        return dict(skipped=f"skipped: at least {expected:.0f} s, over --limit {cell['limit']}")
+    learner, buffer = am.Learner(agent, config), am.ReplayBuffer(agent.spec, 48 * (T + 1), rng)
+    while len(buffer) < 32:
+        for _, trajectory in collector.step() if collector else [(0, am.Trajectory(
+                dict(vector=rng.normal(size=(T + 1, 4))), rng.integers(4, size=T),
+                rng.normal(size=T), np.arange(1, T + 1) == T, np.arange(T + 1) == 0))]:
+            buffer.add(trajectory)
+    found = seconds_per_call(lambda: learner.update(buffer.sample(BATCH, T, cell["device"])), cell)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cell["device"] == "cpu"
+              else torch.cuda.max_memory_allocated())
+    return dict(found, flops=total, attention=attention / total, memory=memory / 2**20)
+
+
+def act(cell):
+    """Act as training does. One timed call is one rollout in every environment, resets included."""
+    config, _, collector = build(cell)
+    found = seconds_per_call(lambda: [collector.step() for _ in range(config.context)], cell)
+    return {name: x / config.context / cell["envs"] for name, x in found.items()}
+
+
+# ---- The tables ----
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["nano", "small", "paper"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[64 << i for i in range(6)])
+    parser.add_argument("--quick", action="store_true", help="contexts 64 and 256, fewer repeats")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its own choice")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--limit", type=int, default=180, help="most seconds for a cell, else skip")
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if cell := options.cell:
+        torch.set_num_threads(cell["threads"] or torch.get_num_threads())
+        return print(json.dumps(dict(peak=peak, update=update, act=act)[cell["what"]](cell)))
+
+    def run(what, row="", **settings):
+        """Print the start of a row, run a cell -> its numbers, or None after printing why not."""
+        print(row, end="", flush=True)
+        cell = json.dumps(dict(vars(options), what=what, **settings))
+        done = subprocess.run([sys.executable, __file__, "--cell", cell], capture_output=True)
+        found = json.loads(done.stdout) if done.returncode == 0 else dict(
+            skipped=f"exit {done.returncode}: {done.stderr.decode()[-80:].strip() or 'killed'}")
+        return print(found["skipped"]) if "skipped" in found else found
+
+    if not (here := run("peak")):
+        return 1
+    print(f"fp32 matmul peak {here['rate'] / 1e9:.0f} GFLOP/s; {options.device}, {os.cpu_count()} cores,"
+          f" {here['threads']} threads, torch {here['torch']}, load {os.getloadavg()[0]:.1f}\n\n"
+          f"made-up rollouts, batch {BATCH}\n  size context    median      best  tokens/s  GFLOP/s"
+          "  of peak  peak MB  attention  time per doubling")
+    for size in options.sizes:
+        rate, before = here["rate"], None
+        for T in [64, 256] if options.quick else options.contexts:
+            if found := run("update", f"{size:>6}{T:8}", size=size, context=T, rate=rate):
+                seconds, rate = found["median"], found["flops"] / found["median"]
+                growth = before and (seconds / before[1]) ** (1 / math.log2(T / before[0]))
+                print(f"{1 / seconds:10.2f}{1 / found['best']:10.2f}{BATCH * T / seconds:10,.0f}"
+                      f"{rate / 1e9:9.1f}{rate / here['rate']:9.0%}{found['memory']:9,.0f}"
+                      f"{found['attention']:11.0%}" + (f"{growth:10.2f} x" if before else ""))
+                before = T, seconds
+    print(f"\n{ENV}, batch {BATCH}{'':19}median      best      goal  official AMAGO")
+    for size in options.sizes:
+        for what, title, key, more in (
+                ("update", "updates/s", size, dict(context=0, rate=here["rate"])),
+                ("act", "env steps/s in 16 environments", "acting", dict(envs=16)),
+                ("act", "env steps/s in 64 environments", "acting", dict(envs=64))):
+            if found := run(what, f"{size:>6}  {title:46}", size=size, **more):
+                print(f"{1 / found['median']:10,.1f}{1 / found['best']:10,.1f}"
+                      f"{GOALS.get(key, '-'):>10}{OFFICIAL.get(key, '-'):>10}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""The command line: what a run leaves behind, and what becomes of bad input, breakage and Ctrl-C."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import amago_min as am
+from probes import Choice, Probe, use
+
+PROGRAM = pathlib.Path(am.__file__)
+SMALL = ["--parallel-envs", "2", "--eval-episodes", "2", "--batch", "4"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+def saved(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def finite(state):
+    return all(torch.isfinite(x).all() for x in state["agent"].values())
+
+
+# ---- a run and its files (T21) ----
+
+ENVS = {  # name: (longest rollout, what is special)
+    "popgym:RepeatPrevious": 51,                        # discrete
+    "popgym:PositionOnlyPendulumHard": 100,             # continuous actions
+    "popgym:MineSweeper": 14,                           # MultiDiscrete actions
+    "popgym:Autoencode": 103,                           # Tuple observations
+    "gym:CartPole-v1": 40,                              # any gymnasium id
+    "meta:popgym:MineSweeper?episodes=3": 42,           # several episodes in one rollout
+}
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_a_short_run_leaves_its_files(env, tmp_path, capsys):
+    """Catches a kind of environment that cannot be trained on, or a file that is not as promised;
+    and an evaluation of the saved agent that differs from the same one in Python."""
+    steps = 2 * ENVS[env] + 8
+    assert am.main(["--env", env, "--env-steps", str(steps), "--out", "run", *SMALL]) == 0
+    out = tmp_path / "run"
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "log.csv", "curve.png", "checkpoint.pt", "eval.json"}
+
+    header, *rows = rows_of(out)
+    assert header == list(am.COLUMNS) and all(len(row) == len(header) for row in rows)
+    last = {name: float(x or "nan") for name, x in zip(header, rows[-1])}
+    assert last["env_steps"] >= steps and last["updates"] >= 1 and last["critic_loss"] > 0
+
+    score = json.loads((out / "eval.json").read_text())
+    assert list(score) == ["env", "return_mean", "return_std", "success", "episodes", "env_steps",
+                           "updates", "train_seconds", "seed"]
+    assert score["return_mean"] == pytest.approx(last["return_mean"], rel=1e-5)
+    options = json.loads((out / "config.json").read_text())
+    assert {field.name for field in dataclasses.fields(am.Config)} < set(options)
+    assert options["env"] == env and options["env_steps"] == steps
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    assert finite(saved(out))
+    capsys.readouterr()
+    assert am.main(["--eval", "run", "--eval-episodes", "4", "--seed", "5"]) == 0
+    config, agent, state = am.load_checkpoint(out)
+    assert config.env == env and state["updates"] == last["updates"]
+    again = am.evaluate(agent, env, 4, config.context, seed=10_000_005)
+    assert f"return {again['return_mean']:.3f} +-" in capsys.readouterr().out
+
+
+def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
+    """Catches a tensor that is not saved, or not loaded."""
+    use(monkeypatch, Choice)
+    agents = []
+    save = am.save_checkpoint
+    monkeypatch.setattr(am, "save_checkpoint", lambda path, config, agent, *rest, **more: (
+        agents.append(agent), save(path, config, agent, *rest, **more)))
+    folder = am.train(am.Config(env="probe", env_steps=300, batch=8, out="run"))
+    config, agent, state = am.load_checkpoint(folder)
+    assert config == am.Config(**dataclasses.asdict(config)) and not agent.training
+    for (name, x), y in zip(agents[-1].state_dict().items(), agent.state_dict().values()):
+        assert torch.equal(x, y), name
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_training_stops_at_the_target_return(tmp_path, monkeypatch):
+    """Catches a run that goes on after the goal, and `none` that stops nevertheless."""
+    use(monkeypatch, Choice, max_return=1)
+    for target, stops in (("-2", True), ("auto", False), ("none", False)):
+        out = tmp_path / target
+        assert am.main(["--env", "probe", "--env-steps", "20", "--target-return", target,
+                        "--out", str(out), *SMALL]) == 0
+        assert (rows_of(out)[-1][0] == "0") == stops
+
+
+def test_the_goal_is_one_percent_below_the_maximum():
+    """Catches a goal that is out of reach, also where the maximum is negative or unknown."""
+    for best, goal in ((1, 0.99), (-100, -101), (None, math.inf)):
+        env = Probe()
+        env.max_return = best
+        assert am.stopping_return(am.Config(), env) == pytest.approx(goal)
+
+
+# ---- folders ----
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
+    """Catches a second run that writes into the folder of the first one."""
+    use(monkeypatch, Choice)
+    short = ["--env", "probe", "--env-steps", "2", *SMALL]
+    assert am.main([*short, "--out", "a"]) == am.main(short) == am.main(short) == 0
+    before = contents(tmp_path)
+    assert {path.parent.name for path in before} == {"a", "probe-0", "probe-0-2"}
+    capsys.readouterr()
+    assert am.main([*short, "--out", "a"]) == 2
+    assert "--out a" in one_line(capsys) and contents(tmp_path) == before
+
+
+# ---- bad arguments ----
+
+
+def one_line(capsys):
+    """Standard error, which must be one line."""
+    text = capsys.readouterr().err
+    assert text.endswith("\n") and text.count("\n") == 1, text
+    return text
+
+
+BAD = [  # arguments; what the message has to contain: the wrong word and the nearest right one
+    ("--env popgym:RepeatPrevios", "popgym:RepeatPrevios'", "popgym:RepeatPrevious,"),
+    ("--env popgim:RepeatPrevious", "popgim", "popgym"),
+    ("--env RepeatPrevious", "RepeatPrevious", "popgym:RepeatPreviousEasy"),
+    ("--env gym:CartPol-v1", "gym:CartPol-v1'", "gym:CartPole-v1"),
+    ("--env gym:CartPole-v1?horizn=3", "horizn'", "horizon"),
+    ("--sizee nano", "--sizee", "--size?"),
+    ("--no-bootstrap", "--no-bootstrap", "--no-bootstrap-truncated"),
+    ("--size smal", "'smal'", "small?"),
+    ("--positions rotry", "'rotry'", "rotary?"),
+    ("--device cudaa", "'cudaa'", "cpu"),
+    ("--device cuda:77", "'cuda:77'", "cpu"),
+    ("--device meta", "meta", "cpu"),
+    ("--batch 0", "--batch 0", "1"),
+    ("--batch x", "--batch", "'x'"),
+    ("--batch 1.5", "--batch", "'1.5'"),
+    ("--batch", "--batch", "one argument"),
+    ("--lr 2", "--lr 2.0", "1"),
+    ("--lr -1", "--lr -1", "0"),
+    ("--lr nan", "--lr nan", "0"),
+    ("--lr x", "--lr", "'x'"),
+    ("--weight-decay inf", "--weight-decay", "inf"),
+    ("--critics 1", "--critics 1", "2"),
+    ("--tau 1.5", "--tau 1.5", "1"),
+    ("--gammas 0.5 1.5", "--gammas 1.5", "1"),
+    ("--gammas 1", "--gammas", "[0, 1)"),
+    ("--gammas", "--gammas", "at least one"),
+    ("--env-steps inf", "--env-steps", "inf"),
+    ("--env-steps 0", "--env-steps 0", "1"),
+    ("--seed -1", "--seed -1", "0"),
+    ("--seed 1e30", "--seed", "1"),
+    ("--target-return high", "'high'", "auto"),
+    ("--target-return nan", "nan", "auto"),
+    ("--buffer-steps 100 --env gym:CartPole-v1", "--buffer-steps 100", "501"),
+    ("--eval nowhere", "nowhere", "folder"),
+    ("popgym:RepeatPrevious", "popgym:RepeatPrevious", ""),
+    ("--out taken.txt", "taken.txt", "folder"),
+    ("--out taken.txt/run", "taken.txt", "folder"),
+]
+
+
+@pytest.mark.parametrize("arguments, wrong, right", BAD, ids=[case[0] for case in BAD])
+def test_bad_arguments(arguments, wrong, right, tmp_path, capsys):
+    """Catches a traceback, a message that does not help, and files of a run that never was."""
+    (tmp_path / "taken.txt").write_text("mine")
+    before = contents(tmp_path)
+    if "--env-steps" not in arguments:                   # should it start after all, it ends soon
+        arguments += " --env-steps 1"
+    assert am.main(arguments.split() + SMALL[:4]) == 2
+    message = one_line(capsys)
+    assert wrong in message and right in message.split(wrong, 1)[1]
+    assert contents(tmp_path) == before
+
+
+def test_a_missing_package_comes_with_its_command(monkeypatch, capsys, tmp_path):
+    """Catches a bare ModuleNotFoundError."""
+    find = am.environments.importlib.util.find_spec
+    monkeypatch.setattr(am.environments.importlib.util, "find_spec",
+                        lambda name, *rest: None if name == "popgym" else find(name, *rest))
+    assert am.main([]) == 2
+    assert "pip install popgym==" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_code_of_the_program():
+    """Catches an exit code that never leaves Python."""
+    run = subprocess.run([sys.executable, PROGRAM, "--size", "smal"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "") and "small?" in run.stderr
+    assert run.stderr.count("\n") == 1 and os.listdir() == []
+
+
+def test_numbers_may_be_written_as_people_do():
+    """Catches 1e6 that is no whole number."""
+    config = am.parse_command_line("--env-steps 1_000 --buffer-steps 1e5 --gammas 0 .9".split())
+    assert (config.env_steps, config.buffer_steps, config.gammas) == (1000, 100_000, [0, .9])
+
+
+# ---- what breaks on the way ----
+
+
+class Broken(Probe):
+    """Step 3 of every second rollout goes wrong."""
+    horizon, rollouts = 5, 0
+    observation_space = am.gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.rollouts += 1
+        return super().reset(seed=seed)
+
+    def look(self):
+        good = np.zeros(3, np.float32)
+        return self.wrong if self.now() and self.key == "vector" else good
+
+    def pay(self, action):
+        self.t += 1                       # the reward of step 3 comes with observation 3
+        reward = self.wrong if self.now() and self.key == "reward" else 1
+        self.t -= 1
+        return reward
+
+    def now(self):
+        return self.t == self.at and self.rollouts % 2 == 0
+
+
+WRONG = [("vector", x, at) for at in (0, 3, 5) for x in (
+    np.array([0, math.nan, 0], np.float32), np.zeros(2, np.float32), np.zeros(1, np.float32),
+    np.zeros((), np.float32))] + [("reward", math.nan, 3), ("reward", math.inf, 3)]
+
+
+@pytest.mark.parametrize("n_envs", ["1", "3"])
+@pytest.mark.parametrize("key, wrong, at", WRONG, ids=lambda x: str(getattr(x, "shape", x)))
+def test_a_broken_environment_is_named(key, wrong, at, n_envs, monkeypatch, capsys, tmp_path):
+    """Catches NaN, or a shape that numpy would stretch, on its way into the buffer; 0 is the
+    first observation of a rollout and 5 the last one."""
+    use(monkeypatch, Broken, key=key, wrong=wrong, at=at)
+    assert am.main(["--env", "probe", "--parallel-envs", n_envs, "--eval-episodes", n_envs,
+                    "--env-steps", "30", "--out", "run"]) == 1
+    message = one_line(capsys)
+    assert "probe" in message and key in message and f"step {at}" in message
+    assert finite(saved(tmp_path / "run"))
+
+
+def until_broken(monkeypatch, tmp_path):
+    """Train on `probe` until it breaks; -> (exit code, the saved state, states after each update)"""
+    states, update = [], am.Learner.update
+
+    def record(self, batch):
+        info = update(self, batch)
+        states.append({name: x.clone() for name, x in self.agent.state_dict().items()})
+        return info
+    monkeypatch.setattr(am.Learner, "update", record)
+    code = am.main(["--env", "probe", "--env-steps", "2000", "--batch", "8", "--parallel-envs", "8",
+                    "--eval-episodes", "1", "--eval-every", "10000", "--out", "run"])
+    return code, saved(tmp_path / "run"), states
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, tmp_path):
+    """Catches training on after NaN, and a checkpoint that the last batch has spoiled."""
+    use(monkeypatch, Choice)
+    loss, calls = am.Agent.loss, []
+
+    def spoil(self, batch):
+        calls.append(batch)
+        total, info = loss(self, batch)
+        return total * (math.nan if len(calls) == 4 else 1), info
+    monkeypatch.setattr(am.Agent, "loss", spoil)
+    code, state, states = until_broken(monkeypatch, tmp_path)
+    message = one_line(capsys)
+    assert code == 1 and len(calls) == 4 and len(states) == state["updates"] == 3
+    assert "loss" in message and "update 3" in message and "8 rollouts" in message
+    assert all(torch.equal(state["agent"][name], x) for name, x in states[-1].items())
+
+
+class Explosive(Choice):
+    """Pays 1e30, whose square no float32 can hold, from the 50th rollout on."""
+    rollouts = 0
+
+    def pay(self, action):
+        Explosive.rollouts += 1
+        return 1e30 if Explosive.rollouts > 50 else 1
+
+
+def test_an_explosion_leaves_the_last_good_state(monkeypatch, capsys, tmp_path):
+    """Catches statistics (PopArt's, the encoder's, sigma's u and v) that the bad batch has spoiled
+    although the weights are those from before it."""
+    monkeypatch.setattr(Explosive, "rollouts", 0)
+    use(monkeypatch, Explosive)
+    code, state, states = until_broken(monkeypatch, tmp_path)
+    message = one_line(capsys)
+    assert code == 1 and "1e+30" in message and len(states) == state["updates"] > 0
+    assert finite(state)
+    assert all(torch.equal(state["agent"][name], x) for name, x in states[-1].items())
+
+
+def test_gradients_that_are_not_finite_stop_the_run(monkeypatch, capsys, tmp_path):
+    """Catches a finite loss with a NaN gradient, which clipping spreads over all weights."""
+    use(monkeypatch, Choice)
+    loss, calls = am.Agent.loss, []
+
+    def spoil(self, batch):
+        calls.append(batch)
+        total, info = loss(self, batch)
+        if len(calls) == 4:
+            total.register_hook(lambda gradient: gradient * math.nan)
+        return total, info
+    monkeypatch.setattr(am.Agent, "loss", spoil)
+    code, state, _ = until_broken(monkeypatch, tmp_path)
+    assert code == 1 and "update 3" in one_line(capsys) and finite(state)
+
+
+def test_control_c_saves_and_exits_130(tmp_path):
+    """Catches Ctrl-C that kills the run in the middle of an update or of a file."""
+    with open("stderr", "w") as stderr:
+        run = subprocess.Popen([sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20",
+                                "--out", "run", *SMALL], stdout=subprocess.DEVNULL, stderr=stderr)
+    log = tmp_path / "run" / "log.csv"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.05)                                  # a header and two evaluations
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130, (tmp_path / "stderr").read_text()
+    header, *rows = rows_of(tmp_path / "run")
+    assert len(rows) >= 2 and all(len(row) == len(header) for row in rows)
+    assert finite(saved(tmp_path / "run")) and (tmp_path / "run" / "eval.json").exists()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_control_c_waits_for_the_end_of_the_update(monkeypatch, tmp_path):
+    """Catches an interrupt between the optimiser's step and the targets': weights saved by a run
+    that was interrupted in its third update are those after it."""
+    use(monkeypatch, Choice)
+    step, states = am.Learner.update, []
+
+    def interrupted(self, batch):
+        if self.updates == 2:
+            signal.raise_signal(signal.SIGINT)
+        info = step(self, batch)
+        states.append({name: x.clone() for name, x in self.agent.state_dict().items()})
+        return info
+    monkeypatch.setattr(am.Learner, "update", interrupted)
+    assert am.main(["--env", "probe", "--env-steps", "2000", "--out", "run", *SMALL]) == 130
+    state = saved(tmp_path / "run")
+    assert state["updates"] == len(states) >= 3
+    assert all(torch.equal(state["agent"][name], x) for name, x in states[-1].items())
