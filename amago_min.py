@@ -37,6 +37,7 @@ References
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import itertools
@@ -47,6 +48,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -63,7 +65,6 @@ import envs as environments
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
 #    its defaults the defaults, its help texts `--help`, and its values `config.json`.
-# ==================================================================================================
 
 # --size: width D, layers, heads H, feed-forward width, width of the actor's and critics' layers,
 # learning rate. `paper` is the POPGym column of [1] Table 3.
@@ -77,6 +78,14 @@ POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 
 class UsageError(ValueError):
     """The user asked for something that is not there; the message, one line, says what is."""
+
+
+class BrokenEnvironment(RuntimeError):
+    """An environment broke its own contract; the message names environment, step and key."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message describes the batch."""
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -94,26 +103,26 @@ class Config:
     Raises UsageError for a value that is out of range.
     """
     # what to run
-    env: str = option("popgym:RepeatPrevious", "environment, suite:Name (python envs.py lists them)")
+    env: str = option("popgym:RepeatPrevious", "environment, suite:Name; python envs.py lists them")
     size: str = option("nano", "size of the agent", choices=tuple(SIZES))
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one")
     seed: int = option(0, "seed of everything random", low=0)
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's own choice", low=0)
     # when to stop, what to write
     env_steps: int = option(1_000_000, "stop after so many environment steps", low=1)
-    target_return: str = option("auto", "stop once an evaluation reaches this return: a number, none,"
-                                " or auto = the environment's known maximum less 1 %%")
+    target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
+                                " auto = the environment's known maximum less 1 %%")
     out: str = option("", "folder to write to; default runs/<env>-<seed>")
     eval: str = option("", "no training: evaluate the agent saved in this folder")
-    eval_every: int = option(1000, "env steps between evaluations, and at least a tenth of the steps"
-                             " so far, so that a long run spends little time on it", low=1)
+    eval_every: int = option(1000, "env steps between evaluations; later on, a tenth of the steps"
+                             " so far", low=1)
     eval_episodes: int = option(64, "whole episodes per evaluation", low=1)
     # data
     parallel_envs: int = option(16, "environments that act side by side", low=1)
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
-    explore_steps: int = option(200_000, "env steps over which exploration noise is annealed", low=1)
+    explore_steps: int = option(200_000, "env steps over which exploration noise fades", low=1)
     context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
     # learning
     batch: int = option(24, "rollouts per update", low=1)
@@ -124,7 +133,7 @@ class Config:
     gammas: list = option([.1, .9, .95, .97, .99, .995, .999],
                           "discount factors learned side by side; the last one acts", low=0, high=1)
     critics: int = option(4, "critics in the ensemble", low=2)
-    tau: float = option(.003, "speed of the target networks", low=0, high=1)
+    tau: float = option(.01, "speed of the target networks", low=0, high=1)
     positions: str = option("both", "how attention knows the time", choices=POSITIONS)
     bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
                                        " the agent sees the clock ([1], finite horizon)")
@@ -162,8 +171,17 @@ class Config:
             torch.empty(0, device=name)
             return torch.device(name)
         except (RuntimeError, AssertionError):
-            there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-            raise UsageError(f"--device {name!r} is not here; there is {', '.join(there)}") from None
+            there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+            raise UsageError(f"--device {name!r} is not here; there is {there}") from None
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory instead of handing it back to the kernel, which would have to
+    zero every page again: 7 % of a small update on a CPU, 40 % of one with continuous actions."""
+    with contextlib.suppress(OSError, AttributeError):       # another C library: nothing to set
+        mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def nearest(word, words):
@@ -182,7 +200,6 @@ def nearest(word, words):
 #    attention saturates and its gradient dies. Three changes keep every activation bounded:
 #    sigma-reparametrised projections [2], extra layer norms and a scale per head [3], and Leaky
 #    ReLU everywhere. No dropout: nothing here ever sees a sample often enough to memorise it.
-# ==================================================================================================
 
 class SigmaLinear(nn.Module):
     """Linear layer whose spectral norm is one learned number, whatever its weights do [2].
@@ -280,11 +297,11 @@ class KVCache:
         return (self.keys[layer, :, :, :self.width], self.values[layer, :, :, :self.width],
                 self.valid)
 
-    def end_step(self, done=None):
-        """Count this step's token; environments whose `done` (N,) is True start over empty."""
+    def end_step(self, ended=None):
+        """Count this step's token; environments whose `ended` (N,) is True start over empty."""
         self.length += 1
-        if done is not None:
-            self.length[done] = 0
+        if ended is not None:
+            self.length[ended] = 0
         self.begin_step()
 
 
@@ -402,7 +419,6 @@ class Transformer(nn.Module):
 #    Everything that happened at a step becomes one vector, one token: observation, previous action,
 #    previous reward, reset flag, clock, and the instruction if there is one. The instruction is
 #    part of every token, not a prompt, so that an agent without memory could read it too.
-# ==================================================================================================
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -539,7 +555,6 @@ class TimestepEncoder(nn.Module):
 # 4. Actor, critics, PopArt ([1] App. A.2, A.4)
 #    Both heads answer for all G discount factors at once: gamma = .1 is an easy problem that shapes
 #    the Transformer's features within minutes, gamma = .999 is the one that we want solved.
-# ==================================================================================================
 
 class Categorical:
     """Policies over A discrete actions, from logits (..., G, A)."""
@@ -624,25 +639,28 @@ class Critics(nn.Module):
             self.weights.append(torch.empty(num_critics, d_in, d_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, d_out).uniform_(-bound, bound))
 
-    def mlp(self, x):
-        """x (N, d_in) -> (C, N, d_out): every critic reads the same x."""
-        h = x.expand(self.num_critics, -1, -1)                           # a view: nothing copied
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            h = F.leaky_relu(torch.bmm(h, weight) + bias, inplace=True)
-        return torch.bmm(h, self.weights[-1]) + self.biases[-1]
-
-    def forward(self, s, action=None):
-        G, C, batch = self.num_gammas, self.num_critics, s.shape[:-1]
+    def forward(self, s, action=None, members=slice(None)):
+        """members: a list of critics, to evaluate only those; C is then their number."""
+        G, batch = self.num_gammas, s.shape[:-1]
+        weights = [w[members] for w in self.weights]
+        biases = [b[members] for b in self.biases]
+        C, D = len(weights[0]), s.shape[-1]
+        x = s.reshape(1, -1, D).expand(C, -1, -1)                        # (C, N, D), nothing copied
+        h = torch.baddbmm(biases[0], x, weights[0][:, :D])               # the state's share
+        if action is not None:                                           # and the action's
+            a = action.reshape(1, -1, action.shape[-1]).expand(C, -1, -1)
+            h = h.unsqueeze(2) + (a @ weights[0][:, D:]).unflatten(1, (x.shape[1], -1))
+        # In place on h itself: on a view of it, autograd would copy the whole tensor.
+        h = F.leaky_relu(h, inplace=True).view(C, -1, h.shape[-1])       # (C, N or N G, hidden)
+        h = F.leaky_relu(torch.baddbmm(biases[1], h, weights[1]), inplace=True)
+        q = torch.baddbmm(biases[2], h, weights[2])                      # (C, rows, outputs)
         if self.discrete:
-            q = self.mlp(s.flatten(0, -2))                               # (C, N, G * A)
             return q.view((C,) + batch + (G, -1)).movedim(0, -3)         # (..., C, G, A)
-        per_gamma = action.dim() > s.dim()
-        if per_gamma:                                                    # (..., G, D)
-            s = s.unsqueeze(-2).expand(batch + (G, s.shape[-1]))
-        q = self.mlp(torch.cat([s, action], dim=-1).flatten(0, -2))      # (C, N, G)
-        q = q.view((C,) + s.shape[:-1] + (G,)).movedim(0, -2)            # (..., [G,] C, G)
+        if action.dim() == s.dim():
+            return q.view((C,) + batch + (G,)).movedim(0, -2)            # (..., C, G)
         # Row i holds the action of gamma i; only gamma i's own output of it is wanted.
-        return q.diagonal(dim1=-3, dim2=-1) if per_gamma else q
+        q = q.view((C,) + batch + (G, G)).diagonal(dim1=-2, dim2=-1)
+        return q.movedim(0, -2)
 
     @torch.no_grad()
     def rescale(self, w, b):
@@ -660,8 +678,8 @@ class PopArt(nn.Module):
                              b <- (std_old b + mean_old - mean_new) / std_new
         so that denormalize(w x + b) is the same number before and after.
 
-    mean and std are running ones per gamma (weights as in RunningNorm), from masked targets. Before
-    the first update std is at its floor, so all values count as 0 and the first targets are rewards.
+    mean and std are running ones per gamma (weights as in RunningNorm), of real steps only. Before
+    the first update std is at its floor: all values count as 0, so the first targets are rewards.
     Here it keeps critic and actor losses at a fixed ratio, so that no reward scale needs tuning.
     """
 
@@ -704,23 +722,11 @@ class PopArt(nn.Module):
 # ==================================================================================================
 # 5. Losses ([1] App. A.2)
 #    Written as plain functions of tensors, so that each can be checked by hand and copied.
-# ==================================================================================================
 
 def masked_mean(x, mask):
     """Mean of x (B, T, ...) over the real steps, mask (B, T), and all trailing dimensions."""
     mask = mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))
     return torch.where(mask, x, 0.0).sum() / mask.expand_as(x).sum()
-
-
-def random_subset_min(values, size=2):
-    """REDQ [5]: the minimum of `size` critics, drawn anew (with replacement) for every entry.
-
-    A minimum over all critics is too pessimistic, their mean too optimistic.
-    values (B, T, C, G) -> (B, T, G)
-    """
-    B, T, C, G = values.shape
-    pick = torch.randint(C, (B, T, size, G), device=values.device)
-    return values.gather(2, pick).amin(2)
 
 
 def td_targets(reward, done, next_value, gammas):
@@ -775,7 +781,6 @@ def actor_loss(value, log_prob, advantage, mask):
 #      online actor loss       through the actor        yes        NO
 #      filtered cloning        through the actor        yes        NO
 #    Target networks (slow copies) exist for actor and critics only; they read the online s_t+1.
-# ==================================================================================================
 
 CRITIC_WEIGHT, ONLINE_WEIGHT, OFFLINE_WEIGHT = 10.0, 1.0, 0.1    # [1] Table 4
 
@@ -783,12 +788,12 @@ CRITIC_WEIGHT, ONLINE_WEIGHT, OFFLINE_WEIGHT = 10.0, 1.0, 0.1    # [1] Table 4
 class Agent(nn.Module):
     """Encoder, Transformer, actor, critics, their targets and PopArt.
 
-        call                       what                                      shape
-        trunk(tokens)              what the agent knows at every step        (B, T+1, D)
-        actor(s)                   G policies                                (..., G, A) or (..., G, 2A)
-        critics(s [, a])           C x G values, see Critics                 (..., C, G [, A])
-        act(tokens, cache)         an action per environment                 (N,) or (N, A)
-        loss(batch)                the training loss, and what to log        scalar, dict
+        call                  what                                   shape
+        trunk(tokens)         what the agent knows at every step     (B, T+1, D)
+        actor(s)              G policies                             (..., G, A) or (..., G, 2A)
+        critics(s [, a])      C x G values, see Critics              (..., C, G [, A])
+        act(tokens, cache)    an action per environment              (N,) or (N, A)
+        loss(batch)           the training loss, and what to log     scalar, dict
     """
 
     def __init__(self, spec, config):
@@ -818,8 +823,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fold_popart(self):
-        """Move PopArt's w, b into the critics' last layers, as in [4]. Left outside, w multiplies
-        the step size: w = 200 where rewards are .005, and CartPole never learns."""
+        """After an update, move PopArt's w and b into the critics' last layers, as in [4]. Left
+        outside, w scales every later step of Adam, and a task with tiny rewards never learns."""
         for critics in (self.critics, self.target_critics):
             critics.rescale(self.popart.w, self.popart.b)
         self.popart.w.fill_(1.0)
@@ -837,36 +842,24 @@ class Agent(nn.Module):
         return self.actor(s).sample()[:, -1]
 
     def loss(self, batch):
-        """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of tensors).
+        """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
 
             L = 10 L_TD + L_online + 0.1 L_offline
         """
         mask = batch["mask"]                                             # (B, T)
         tokens, token_mask = clean_padding(batch["tokens"], mask)        # (B, T+1, ...)
-        action, reward = tokens["action"][:, 1:], tokens["reward"][:, 1:]
-        done = batch["done"] & mask                                      # (B, T)
-        B, T = mask.shape
-        G, C = len(self.gammas), self.critics.num_critics
+        action = tokens["action"][:, 1:]                                 # (B, T) or (B, T, A)
+        (B, T), G, C = mask.shape, len(self.gammas), self.critics.num_critics
 
         s = self.trunk(tokens, token_mask)
-        now, after = s[:, :-1].contiguous(), s[:, 1:].detach().contiguous()
         assert s.shape == (B, T + 1, self.transformer.width), s.shape
+        now = s[:, :-1].contiguous()
+        target = self.td_target(s.detach(), tokens["reward"][:, 1:], batch["done"] & mask)
+        assert target.shape == (B, T, G), target.shape
+        self.popart.update(target, mask)
 
-        with torch.no_grad():
-            next_pi = self.target_actor(after)
-            if self.spec.discrete:
-                next_q = (self.target_critics(after) * next_pi.probs.unsqueeze(2)).sum(-1)
-            else:
-                next_q = self.target_critics(after, next_pi.sample())
-            assert next_q.shape == (B, T, C, G), next_q.shape
-            next_value = self.popart.denormalize(self.popart(random_subset_min(next_q)))
-            target = td_targets(reward, done, next_value, self.gammas)
-            assert target.shape == (B, T, G), target.shape
-            self.popart.update(target, mask)
-            self.fold_popart()
-
-        # Critics at the action that was taken (q), and at the policy's (v) with neither the critics
-        # nor s in the graph, so that the actor's losses reach them through pi alone.
+        # q: the critics at the action that was taken. v: at the policy's, with neither the critics
+        # nor s in the graph, so that the actor's losses reach the trunk through pi alone.
         pi = self.actor(now)
         if self.spec.discrete:
             q_all = self.critics(now)                                    # (B, T, C, G, A)
@@ -879,8 +872,7 @@ class Agent(nn.Module):
             v = torch.func.functional_call(self.critics, frozen, (now.detach(), pi.sample()))
         assert q.shape == v.shape == (B, T, C, G), (q.shape, v.shape)
 
-        advantage = (q.mean(2) - v.mean(2)).detach()
-        log_prob = pi.log_prob(action)
+        advantage, log_prob = (q.mean(2) - v.mean(2)).detach(), pi.log_prob(action)
         assert advantage.shape == log_prob.shape == (B, T, G), log_prob.shape
         td = critic_loss(self.popart(q), self.popart.normalize(target), mask)
         online, offline = actor_loss(self.popart(v), log_prob, advantage, mask)
@@ -889,6 +881,28 @@ class Agent(nn.Module):
                     value=masked_mean(target[..., -1], mask))
         return (CRITIC_WEIGHT * td + ONLINE_WEIGHT * online + OFFLINE_WEIGHT * offline,
                 {name: x.detach() for name, x in info.items()})
+
+    @torch.no_grad()
+    def td_target(self, s, reward, done):
+        """s (B, T+1, D), reward and done (B, T) -> targets (B, T, G) from the target networks"""
+        after = s[:, 1:].contiguous()
+        pi = self.target_actor(after)
+        # REDQ [5]: the lower of two critics, drawn anew for every update. The lowest of all would
+        # be too pessimistic, their mean too optimistic.
+        pair = torch.randperm(self.critics.num_critics)[:2].tolist()
+        if self.spec.discrete:
+            q = (self.target_critics(after, members=pair) * pi.probs.unsqueeze(2)).sum(-1)
+        else:
+            q = self.target_critics(after, pi.sample(), members=pair)
+        assert q.shape == done.shape + (2, len(self.gammas)), q.shape
+        value = self.popart.denormalize(self.popart(q.amin(2)))
+        return td_targets(reward, done, value, self.gammas)
+
+
+def each(function, x):
+    """Apply a function to every array in nested dicts: each(len, {"a": [1], "b": {"c": []}}) ->
+    {"a": 1, "b": {"c": 0}}"""
+    return {k: each(function, v) for k, v in x.items()} if isinstance(x, dict) else function(x)
 
 
 def clean_padding(tokens, mask):
@@ -899,16 +913,13 @@ def clean_padding(tokens, mask):
     token_mask = F.pad(mask, (1, 0), value=True)
 
     def clean(x):
-        real = token_mask.view(token_mask.shape + (1,) * (x.dim() - 2))
-        return torch.where(real, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    cleaned = {name: clean(x) for name, x in tokens.items() if name != "obs"}
-    cleaned["obs"] = {name: clean(x) for name, x in tokens["obs"].items()}
-    return cleaned, token_mask
+        return torch.where(token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), x,
+                           torch.zeros((), dtype=x.dtype, device=x.device))
+    return each(clean, tokens), token_mask
 
 
 # ==================================================================================================
 # 7. Replay ([1] section 4: whole trajectories, sampled uniformly)
-# ==================================================================================================
 
 @dataclasses.dataclass
 class Trajectory:
@@ -937,12 +948,23 @@ class Trajectory:
         return len(self.reward)
 
 
+def token_arrays(spec, *shape):
+    """Zeroed arrays for `shape` tokens. action, reward and done lie with the token that they led
+    to, as the encoder reads them: action[t] of these arrays is action[t - 1] of a Trajectory."""
+    obs = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
+               instruction=(spec.instruction[:2], np.int32))
+    action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
+    layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
+                  reward=((), np.float32), done=((), bool), reset=((), bool))
+    # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
+    return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
+
+
 class ReplayBuffer:
     """Whole trajectories, first in first out, in flat preallocated arrays.
 
     All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
-    then one fancy index per array, with no Python loop. `action`, `reward` and `done` are stored
-    with the token they led to (one zero in front), as the encoder reads them.
+    then one fancy index per array, with no Python loop.
     """
 
     def __init__(self, spec, capacity, rng):
@@ -950,16 +972,7 @@ class ReplayBuffer:
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
-        shapes = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
-                      instruction=(spec.instruction[:2], np.int32))
-        # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
-        self.obs = {name: np.zeros((capacity,) + shape, dtype)
-                    for name, (shape, dtype) in shapes.items() if getattr(spec, name)}
-        self.action = (np.zeros(capacity, np.int64) if spec.discrete else
-                       np.zeros((capacity, spec.actions), np.float32))
-        self.reward = np.zeros(capacity, np.float32)
-        self.done = np.zeros(capacity, bool)
-        self.reset = np.zeros(capacity, bool)
+        self.tokens = token_arrays(spec, capacity)
         # Ring of trajectories: the oldest is at `first`, there are `count`.
         self.starts = np.zeros(capacity // 2 + 1, np.int64)
         self.lengths = np.zeros(capacity // 2 + 1, np.int64)
@@ -985,13 +998,13 @@ class ReplayBuffer:
             self._evict(self.write, self.capacity)
             self.write = 0
         self._evict(self.write, self.write + size)
-        here = slice(self.write, self.write + size)
+        here, tokens = slice(self.write, self.write + size), self.tokens
         for name, x in trajectory.obs.items():
-            self.obs[name][here] = x
-        self.reset[here] = trajectory.reset
+            tokens["obs"][name][here] = x
+        tokens["reset"][here] = trajectory.reset
         for name in ("action", "reward", "done"):
-            getattr(self, name)[self.write] = 0
-            getattr(self, name)[self.write + 1:self.write + size] = getattr(trajectory, name)
+            tokens[name][here][0] = 0
+            tokens[name][here][1:] = getattr(trajectory, name)
         slot = (self.first + self.count) % len(self.starts)
         self.starts[slot], self.lengths[slot] = self.write, size - 1
         self.count += 1
@@ -1015,15 +1028,13 @@ class ReplayBuffer:
 
         def tensor(x):
             return torch.from_numpy(x).to(device, non_blocking=True)
-        tokens = dict(obs={name: tensor(x[index]) for name, x in self.obs.items()},
-                      action=tensor(self.action[index]), reward=tensor(self.reward[index]),
-                      reset=tensor(self.reset[index]), time=tensor(time))
-        return dict(tokens=tokens, done=tensor(self.done[index[:, 1:]]), mask=tensor(mask))
+        tokens = each(lambda x: tensor(x[index]), self.tokens)
+        done = tokens.pop("done")[:, 1:]
+        return dict(tokens=dict(tokens, time=tensor(time)), done=done, mask=tensor(mask))
 
 
 # ==================================================================================================
 # 8. Rollouts and exploration ([1] App. A.2, Fig. 13)
-# ==================================================================================================
 
 class Exploration:
     """The randomised bi-level epsilon schedule.
@@ -1055,20 +1066,16 @@ class Exploration:
         noise = self.rng.normal(size=action.shape).astype(np.float32)
         return np.clip(action + epsilon[:, None].astype(np.float32) * noise, -1, 1)
 
-    def reset(self, done):
-        """done (N,) bool: draw a new multiplier for the rollouts that begin"""
-        self.multiplier[done] = self.rng.uniform(size=int(done.sum()))
-
-
-class BrokenEnvironment(RuntimeError):
-    """An environment broke its own contract; the message names environment, step and key."""
+    def reset(self, ended):
+        """Draw a new multiplier where `ended` (N,) is True: a rollout begins."""
+        self.multiplier[ended] = self.rng.uniform(size=int(ended.sum()))
 
 
 class Collector:
     """N environments side by side, one batched token per step.
 
-    `step` acts once in every environment and returns the trajectories that ended. Rollouts in the
-    making lie in arrays of (N, horizon + 1, ...) laid out as in ReplayBuffer.
+    `step` acts once in every environment and returns the rollouts that ended. Rollouts in the
+    making lie in token_arrays of (N, horizon + 1, ...).
     """
 
     def __init__(self, env, n_envs, agent, context, seed, exploration=None,
@@ -1079,96 +1086,74 @@ class Collector:
         self.device = next(agent.parameters()).device
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
-        N, H, spec = n_envs, self.spec.horizon + 1, self.spec
-        self.time = np.zeros(N, np.int64)
-        self.rows = np.arange(N)
-        self.obs = {}
-        self.action = np.zeros((N, H) if spec.discrete else (N, H, spec.actions),
-                               np.int64 if spec.discrete else np.float32)
-        self.reward = np.zeros((N, H), np.float32)
-        self.done = np.zeros((N, H), bool)
-        self.reset = np.zeros((N, H), bool)
+        self.tokens = token_arrays(self.spec, n_envs, self.spec.horizon + 1)
+        self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.env_steps = 0
-        first = [env.reset()[0] for env in self.envs]
-        for part, space in observation_parts(self.envs[0].observation_space).items():
-            self.obs[part] = np.zeros((N, H) + space.shape, space.dtype)
-        self._store(first)
-        self.reset[:, 0] = True
+        for i in range(n_envs):
+            self._begin(i)
 
-    def _store(self, observations):
-        """Write every environment's newest observation at its own time."""
-        for i, observation in enumerate(observations):
-            self._check(i, observation)
-        for part, store in self.obs.items():
-            store[self.rows, self.time] = [o[part] for o in observations] \
-                if isinstance(observations[0], dict) else observations
+    def _store(self, i, t, observation):
+        """Write environment i's observation of step t, if it is what its space says."""
+        for part, store in self.tokens["obs"].items():
+            x = observation[part] if isinstance(observation, dict) else observation
+            shape = store.shape[2:]
+            if x.shape != shape:
+                raise self.broken(i, t, f"observation {part!r} has shape {x.shape}, not {shape}")
+            if not math.isfinite(x.sum()):
+                raise self.broken(i, t, f"observation {part!r} holds NaN or inf: {x}")
+            store[i, t] = x
 
-    def _check(self, i, observation):
-        """Raise BrokenEnvironment if environment i's observation is not what its space says."""
-        parts = observation if isinstance(observation, dict) else {next(iter(self.obs)): observation}
-        for part, x in parts.items():
-            expected = self.obs[part].shape[2:]
-            if x.shape != expected:
-                raise BrokenEnvironment(f"{self.name}: observation {part!r} at step {self.time[i]} of"
-                                        f" environment {i} has shape {x.shape}, not {expected}")
-            if x.dtype.kind == "f" and not math.isfinite(x.sum()):
-                raise BrokenEnvironment(f"{self.name}: observation {part!r} at step {self.time[i]} of"
-                                        f" environment {i} holds NaN or inf: {x}")
+    def broken(self, i, t, what):
+        return BrokenEnvironment(f"{self.name}: at step {t} of environment {i}, {what}")
 
-    def tokens(self):
+    def newest(self):
         """The newest token of every environment, each (N, 1, ...)."""
-        at = (self.rows, self.time)
-
         def tensor(x):
-            return torch.from_numpy(x[at][:, None]).to(self.device, non_blocking=True)
-        return dict(obs={part: tensor(x) for part, x in self.obs.items()},
-                    action=tensor(self.action), reward=tensor(self.reward),
-                    reset=tensor(self.reset),
-                    time=torch.from_numpy(self.time[:, None]).to(self.device))
+            return torch.from_numpy(x[:, None]).to(self.device, non_blocking=True)
+        tokens = each(lambda x: tensor(x[self.rows, self.time]), self.tokens)
+        return dict(tokens, time=tensor(self.time))
 
     def step(self):
         """Act once everywhere. -> [(environment, Trajectory)] of the rollouts that just ended"""
-        action = self.agent.act(self.tokens(), self.cache).cpu().numpy()
+        action = self.agent.act(self.newest(), self.cache).cpu().numpy()
         if self.exploration:
             action = self.exploration(action, self.time, self.env_steps)
-        ended, finished, observations = np.zeros(len(self.envs), bool), [], []
+        finished = []
         self.time += 1
-        self.action[self.rows, self.time] = action
+        self.tokens["action"][self.rows, self.time] = action
         for i, (env, a) in enumerate(zip(self.envs, self.spec.to_env(action))):
             obs, reward, terminated, truncated, info = env.step(a)
             t = self.time[i]
+            self._store(i, t, obs)
             if not math.isfinite(reward):
-                raise BrokenEnvironment(f"{self.name}: the reward at step {t} of environment {i} is"
-                                        f" {reward}")
-            self.reward[i, t] = reward
-            self.done[i, t] = terminated or (truncated and not self.bootstrap_truncated)
-            self.reset[i, t] = info.get("reset", False)
+                raise self.broken(i, t, f"the reward is {reward}")
+            self.tokens["reward"][i, t] = reward
+            self.tokens["done"][i, t] = terminated or (truncated and not self.bootstrap_truncated)
+            self.tokens["reset"][i, t] = info.get("reset", False)
             if terminated or truncated:
-                ended[i] = True
-                success = float(info.get("success", math.nan))
-                finished.append((i, obs, success))
-                obs, _ = env.reset()
-            observations.append(obs)
+                finished.append((i, self._trajectory(i, info)))
+                self._begin(i)
         self.env_steps += len(self.envs)
-        trajectories = [(i, self._finish(i, obs, success)) for i, obs, success in finished]
-        self.time[ended] = 0
-        self._store(observations)
-        self.action[ended, 0], self.reward[ended, 0], self.reset[ended, 0] = 0, 0, True
-        self.cache.end_step(ended if finished else None)
-        if self.exploration and finished:
+        ended = np.zeros(len(self.envs), bool)
+        ended[[i for i, _ in finished]] = True
+        self.cache.end_step(ended)
+        if self.exploration:
             self.exploration.reset(ended)
-        return trajectories
+        return finished
 
-    def _finish(self, i, last_obs, success):
-        """Copy environment i's rollout out of the arrays."""
-        T = int(self.time[i])
-        obs = {}
-        self._check(i, last_obs)
-        for part, x in self.obs.items():
-            x[i, T] = last_obs[part] if isinstance(last_obs, dict) else last_obs
-            obs[part] = x[i, :T + 1].copy()
-        return Trajectory(obs, self.action[i, 1:T + 1].copy(), self.reward[i, 1:T + 1].copy(),
-                          self.done[i, 1:T + 1].copy(), self.reset[i, :T + 1].copy(), success)
+    def _begin(self, i):
+        """Reset environment i and write its first token."""
+        self.time[i] = 0
+        self._store(i, 0, self.envs[i].reset()[0])
+        for name, first in (("action", 0), ("reward", 0), ("done", False), ("reset", True)):
+            self.tokens[name][i, 0] = first
+
+    def _trajectory(self, i, info):
+        """Copy environment i's finished rollout out of the arrays."""
+        rollout = each(lambda x: x[i, :self.time[i] + 1].copy(), self.tokens)
+        transitions = {name: rollout[name][1:] for name in ("action", "reward", "done")}
+        return Trajectory(rollout["obs"], **transitions, reset=rollout["reset"],
+                          success=float(info.get("success", math.nan)))
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
@@ -1197,13 +1182,8 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
 
 # ==================================================================================================
 # 9. Training
-#    Act once in every environment, learn until every step has been replayed `replay_ratio` times, and from time to time
-#    evaluate. Everything that a run writes goes through Log and save_checkpoint.
-# ==================================================================================================
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message describes the batch."""
-
+#    Act once in every environment; learn until every step has been replayed `replay_ratio` times on
+#    average; from time to time evaluate. What a run writes goes through Log and save_checkpoint.
 
 class Learner:
     """The agent's one optimiser: AdamW over everything that learns, with warm-up and clipping."""
@@ -1217,12 +1197,15 @@ class Learner:
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
 
-        Raises NonFiniteLoss before any weight has changed.
+        Raises NonFiniteLoss, with the agent as it was before.
         """
+        before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
         self.agent.train()
         loss, info = self.agent.loss(batch)
         self.agent.eval()
         if not torch.isfinite(loss):
+            for x, old in zip(self.agent.buffers(), before):
+                x.copy_(old)
             raise NonFiniteLoss(describe_batch(batch, loss, self.updates))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1231,6 +1214,7 @@ class Learner:
             group["lr"] = (self.config.learning_rate()
                            * min(1.0, (self.updates + 1) / self.config.warmup))
         self.optimizer.step()
+        self.agent.fold_popart()
         self.agent.update_targets(self.config.tau)
         self.updates += 1
         return info
@@ -1238,34 +1222,32 @@ class Learner:
 
 def describe_batch(batch, loss, updates):
     """One line on the batch that broke the loss: what its arrays hold."""
-    tokens = batch["tokens"]
+    tokens, (B, T) = batch["tokens"], batch["mask"].shape
     arrays = dict(reward=tokens["reward"], action=tokens["action"], **tokens["obs"])
-    ranges = ", ".join(f"{name} {x.float().min().item():.3g} .. {x.float().max().item():.3g}"
-                       for name, x in arrays.items())
-    return (f"loss is {loss.item()} at update {updates}; the batch has {len(batch['mask'])} rollouts"
-            f" with {int(batch['mask'].sum())} steps: {ranges}")
+    ranges = (f"{name} in {x.min().item():.3g} .. {x.max().item():.3g}"
+              for name, x in arrays.items())
+    return (f"the loss is {loss.item()} at update {updates}, on a batch of {B} rollouts of at most"
+            f" {T} steps with " + ", ".join(ranges))
 
 
-class CatchInterrupt:
-    """Ctrl-C inside this `with` block sets `.caught`, so that a run ends between two updates with
-    everything consistent; a second Ctrl-C interrupts at once."""
+@contextlib.contextmanager
+def catch_interrupt():
+    """Inside this `with` block Ctrl-C only sets an event, so that a run ends between two updates,
+    with everything consistent. A second Ctrl-C interrupts at once."""
+    caught = threading.Event()
 
-    def __enter__(self):
-        self.caught = False
-
-        def handler(number, frame):
-            if self.caught:
-                raise KeyboardInterrupt
-            self.caught = True
-        try:
-            self.previous = signal.signal(signal.SIGINT, handler)
-        except ValueError:                       # not in the main thread: Ctrl-C goes elsewhere
-            self.previous = None
-        return self
-
-    def __exit__(self, *_):
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+    def handler(number, frame):
+        if caught.is_set():
+            raise KeyboardInterrupt
+        caught.set()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught                             # signals only ever reach the main thread
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def train(config):
@@ -1275,6 +1257,7 @@ def train(config):
     BrokenEnvironment; in each of the last three cases the checkpoint has been saved.
     """
     device = config.torch_device()
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -1295,8 +1278,8 @@ def train(config):
     progress = tqdm(total=config.env_steps, unit=" steps", leave=False, disable=None,
                     dynamic_ncols=True)
     try:
-        with CatchInterrupt() as interrupt:
-            while not interrupt.caught:
+        with catch_interrupt() as interrupted:
+            while not interrupted.is_set():
                 # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
                 over = collector.env_steps >= config.env_steps
                 if over or collector.env_steps >= next_eval:
@@ -1322,7 +1305,7 @@ def train(config):
                     while buffer.replayed < owed:
                         batch = buffer.sample(config.batch, config.context, device)
                         log.infos.append(learner.update(batch))
-        if interrupt.caught:
+        if interrupted.is_set():
             raise KeyboardInterrupt
     finally:
         progress.close()
@@ -1349,55 +1332,49 @@ def stopping_return(config, env):
 
 # ==================================================================================================
 # 10. What a run leaves behind: log.csv, curve.png, eval.json, config.json, checkpoint.pt
-# ==================================================================================================
 
-# Column of log.csv -> (heading and format in the console's table or None, meaning).
+# Column of log.csv -> (title, width, format in the console's table, meaning).
 COLUMNS = {
-    "env_steps": (("env steps", "11,.0f"), "environment steps so far"),
-    "updates": (("updates", "9,.0f"), "gradient updates so far"),
-    "seconds": (("seconds", "8.1f"), "training time so far: acting and learning, no evaluations"),
-    "return_mean": (("return", "8.3f"), "mean return of the evaluation's episodes"),
-    "return_std": (("+-", "6.3f"), "their standard deviation"),
-    "success": (("success", "8.2f"), "share of them that the environment calls a success, if any"),
-    "train_return": (("train", "7.3f"), "mean return of the rollouts since the last row, with noise"),
-    "critic_loss": (("critic", "8.3f"), "mean squared TD error in PopArt's units"),
-    "actor_loss": (("actor", "8.3f"), "minus the lowest critic's value of the policy, same units"),
-    "bc_loss": (None, "filtered behaviour cloning loss"),
-    "filter": (None, "share of replayed actions that the critics prefer to the policy"),
-    "value": (None, "mean TD target of the acting gamma, in units of reward"),
-    "grad_norm": (None, "norm of the gradient before clipping"),
-    "acting_per_s": (("acts/s", "8,.0f"), "environment steps per second spent acting"),
-    "updates_per_s": (("updates/s", "10.1f"), "updates per second spent learning"),
+    "env_steps": ("env steps", 11, ",.0f", "environment steps so far"),
+    "updates": ("updates", 9, ",.0f", "gradient updates so far"),
+    "seconds": ("seconds", 9, ".1f", "training time: acting and learning, without evaluations"),
+    "return_mean": ("return", 9, ".3f", "mean return of the evaluation's episodes"),
+    "return_std": ("+-", 7, ".3f", "their standard deviation"),
+    "success": ("success", 9, ".2f", "share that the environment calls a success, if it does"),
+    "train_return": ("train", 8, ".3f", "mean return of the rollouts since the last row (noisy)"),
+    "critic_loss": ("critic", 8, ".3f", "mean squared TD error, in PopArt's units"),
+    "actor_loss": ("actor", 8, ".3f", "minus the lowest critic's value of the policy, same units"),
+    "bc_loss": ("bc", 7, ".3f", "filtered behaviour cloning loss"),
+    "filter": ("filter", 7, ".2f", "share of replayed actions that the critics prefer to pi"),
+    "value": ("value", 8, ".3f", "mean TD target of the acting gamma, in units of reward"),
+    "grad_norm": ("grad", 7, ".1f", "norm of the gradient before clipping"),
+    "acts_per_s": ("acts/s", 8, ",.0f", "environment steps per second spent acting"),
+    "updates_per_s": ("updates/s", 11, ".1f", "updates per second spent learning"),
 }
 
 
 class Log:
-    """The files of one run, and the table on the console."""
+    """The files of one run, and the table on the console. Nothing is written before it is made."""
 
     def __init__(self, config, env, agent, goal):
         self.config, self.env, self.rows = config, env, []
+        self.returns, self.infos = [], []                     # since the last row
+        self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
         self.folder = output_folder(config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.returns, self.infos, self.start = [], [], time.perf_counter()
-        self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=np.__version__, gymnasium=gymnasium.__version__)
-        self._json("config.json", dict(dataclasses.asdict(config), versions=versions,
-                                       commit=git_commit(), command=" ".join(sys.argv)))
-        with open(self.folder / "log.csv", "w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
-        parts = dict(encoder=agent.encoder, transformer=agent.transformer, actor=agent.actor,
-                     critics=agent.critics)
-        sizes = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
-        tqdm.write(f"{env.name}: rollouts of at most {env.horizon} steps; mean return "
-                   + ", ".join(f"{k} {v:g}" for k, v in env.references.items())
-                   + f"\n{sum(sizes.values()):,} parameters ("
-                   + ", ".join(f"{k} {n:,}" for k, n in sizes.items())
-                   + f") on {next(agent.parameters()).device}\n"
-                   + (f"stops at return {goal:g} or after " if goal < math.inf else "stops after ")
-                   + f"{config.env_steps:,} env steps\n")
-        shown = [c[0] for name, c in COLUMNS.items() if c[0]]
-        tqdm.write("".join(f"{title:>{width(spec)}}" for title, spec in shown))
+        self.json("config.json", dict(dataclasses.asdict(config), versions=versions,
+                                      commit=git_commit(), command=" ".join(sys.argv)))
+        self.csv(COLUMNS)
+        known = ", ".join(f"{name} {value:g}" for name, value in env.references.items())
+        parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+        until = f"return {goal:g} or {config.env_steps:,} env steps" if goal < math.inf else \
+            f"{config.env_steps:,} env steps"
+        tqdm.write(f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
+                   f"{config.size} agent with {parameters:,} parameters on"
+                   f" {next(agent.parameters()).device}; trains until {until}\n\n"
+                   + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS.values()))
 
     @contextlib.contextmanager
     def timer(self, what):
@@ -1408,75 +1385,68 @@ class Log:
 
     def row(self, score, env_steps, updates):
         """One evaluation: a row of log.csv and of the console's table."""
-        last = self.rows[-1] if self.rows else dict(env_steps=0, updates=0, acting=0., learning=0.)
-        row = dict(self.clock, **score, env_steps=env_steps, updates=updates,
+        row = dict(score, **self.clock, env_steps=env_steps, updates=updates,
                    seconds=sum(self.clock.values()),
                    train_return=np.mean(self.returns) if self.returns else math.nan)
         for name in self.infos[0] if self.infos else ():
             row[name] = torch.stack([info[name] for info in self.infos]).mean().item()
-        for name, count, clock in (("acting_per_s", "env_steps", "acting"),
+        last = self.rows[-1] if self.rows else dict.fromkeys(row, 0)
+        for name, count, clock in (("acts_per_s", "env_steps", "acting"),
                                    ("updates_per_s", "updates", "learning")):
             seconds = row[clock] - last[clock]
             row[name] = (row[count] - last[count]) / seconds if seconds else math.nan
         self.rows.append(row)
         self.returns.clear()
         self.infos.clear()
-        row = {name: row.get(name, math.nan) for name in COLUMNS}
-        with open(self.folder / "log.csv", "a", newline="") as file:
-            csv.writer(file).writerow("" if math.isnan(x) else x if isinstance(x, int) else f"{x:.6g}"
-                                      for x in row.values())
-        tqdm.write("".join("-".rjust(width(c[0][1])) if math.isnan(row[name])
-                           else format(row[name], c[0][1])
-                           for name, c in COLUMNS.items() if c[0]))
+        values = {name: row.get(name, math.nan) for name in COLUMNS}
+        self.csv("" if math.isnan(x) else f"{x:.8g}" for x in values.values())
+        cells = (("-" if math.isnan(values[name]) else format(values[name], how)).rjust(width)
+                 for name, (_, width, how, _) in COLUMNS.items())
+        tqdm.write("".join(cells))
 
     def finish(self):
         """eval.json and curve.png from the rows so far, and a last line that says where."""
         if not self.rows:
             return
         last = self.rows[-1]
-        self._json("eval.json", dict(
-            env=self.env.name, **{k: last[k] for k in ("return_mean", "return_std")},
-            success=None if math.isnan(last["success"]) else last["success"],
-            **{k: last[k] for k in ("episodes", "env_steps", "updates")},
-            train_seconds=last["seconds"], seed=self.config.seed))
+        score = {name: last[name] for name in ("return_mean", "return_std", "success", "episodes",
+                                               "env_steps", "updates")}
+        score["success"] = None if math.isnan(score["success"]) else score["success"]
+        self.json("eval.json", dict(env=self.env.name, **score, train_seconds=last["seconds"],
+                                    seed=self.config.seed))
         plot_curve(self.rows, self.env, self.folder / "curve.png")
         tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
                    f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
                    f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
                    f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
 
-    def _json(self, name, content):
+    def csv(self, values):
+        with open(self.folder / "log.csv", "a", newline="") as file:
+            csv.writer(file).writerow(values)
+
+    def json(self, name, content):
         (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def width(spec):
-    """Width of a format like '9,.0f' -> 9"""
-    return int(spec.split(".")[0].rstrip(","))
 
 
 def output_folder(config):
     """--out, or the first of runs/<env>-<seed>, runs/<env>-<seed>-2, ... that is free.
 
-    A folder that holds a run already is never written to: UsageError.
+    A folder that holds a run is never written to: UsageError.
     """
     if config.out:
         if (Path(config.out) / "log.csv").exists():
             raise UsageError(f"--out {config.out} already holds a run; choose another folder")
         return Path(config.out)
-    stem = Path("runs") / f"{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
-    names = (stem if i == 1 else Path(f"{stem}-{i}") for i in itertools.count(1))
+    stem = f"runs/{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
+    names = (Path(stem if i == 1 else f"{stem}-{i}") for i in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
 def git_commit():
-    """The commit of the folder that this file is in, with + if changed, or None."""
-    def git(*args):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *args], check=True,
-                              capture_output=True, text=True).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The commit of the folder that this file is in, or None."""
+    git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always",
+                          "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 
 def plot_curve(rows, env, path):
@@ -1484,23 +1454,20 @@ def plot_curve(rows, env, path):
     from matplotlib.figure import Figure       # here: half a second that --help need not wait for
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    x, mean, std = (np.array([row[k] for row in rows])
-                    for k in ("env_steps", "return_mean", "return_std"))
-    axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0, color="C0",
-                      label="one standard deviation over episodes")
-    axes.plot(x, mean, "o-", ms=3, color="C0", label="amago_min, mean of an evaluation")
+    x, mean, std = (np.array([row[name] for row in rows])
+                    for name in ("env_steps", "return_mean", "return_std"))
+    axes.plot(x, mean, "o-", ms=3, label="mean of an evaluation, +- one standard deviation")
+    axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0)
     labels = dict(random="random policy", best="best possible", paper="AMAGO paper")
     for (name, y), style in zip(env.references.items(), (":", "--", "-.")):
-        axes.axhline(y, ls=style, color="0.3", lw=1.2, label=f"{labels[name]} ({y:g})")
+        axes.axhline(y, ls=style, color="0.3", lw=1.2, label=f"{labels[name]}: {y:g}")
     axes.set(xlabel="environment steps", ylabel="return per episode", title=env.name)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)
 
 
 # ==================================================================================================
 # 11. Checkpoint
-# ==================================================================================================
 
 def save_checkpoint(path, config, agent, learner, env_steps):
     """Write everything that was learned, atomically: a crash leaves the previous file intact."""
@@ -1530,7 +1497,6 @@ def load_checkpoint(folder, device="cpu"):
 
 # ==================================================================================================
 # 12. Command line
-# ==================================================================================================
 
 class Parser(argparse.ArgumentParser):
     """argparse that complains in one line, with the nearest valid flag."""

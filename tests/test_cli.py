@@ -340,7 +340,7 @@ def test_control_c_saves_and_exits_130(tmp_path):
     """Catches Ctrl-C that kills the run in the middle of an update or of a file."""
     with open("stderr", "w") as stderr:
         run = subprocess.Popen([sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20",
-                                "--out", "run", *SMALL], stdout=subprocess.DEVNULL, stderr=stderr)
+                                "--eval-every", "20", "--out", "run", *SMALL], stdout=subprocess.DEVNULL, stderr=stderr)
     log = tmp_path / "run" / "log.csv"
     while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.05)                                  # a header and two evaluations

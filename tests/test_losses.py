@@ -5,6 +5,7 @@ Numbers are worked out by hand where that is possible; what is batched in the fi
 
 import copy
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import amago_min
-from amago_min import (Actor, Agent, Categorical, Config, Critics, PopArt, Spec, TanhGaussian,
-                       actor_loss, critic_loss, masked_mean, random_subset_min, td_targets)
+from amago_min import (Actor, Agent, Categorical, Config, Critics, Learner, PopArt, Spec,
+                       TanhGaussian, actor_loss, critic_loss, masked_mean, td_targets)
 from test_network import random_tokens
 
 GAMMAS = [.5, .9, .99]
@@ -29,14 +30,14 @@ def seeded():
     torch.manual_seed(0)
 
 
-def make_agent(kind):
+def make_agent(kind, critics=3):
     """A nano agent whose targets and PopArt are no longer what they were at the start."""
-    agent = Agent(SPECS[kind], Config(gammas=GAMMAS, critics=3))
+    agent = Agent(SPECS[kind], Config(gammas=GAMMAS, critics=critics))
     with torch.no_grad():
         for p in [*agent.target_actor.parameters(), *agent.target_critics.parameters()]:
             p += 0.1 * torch.randn_like(p)
-        for buffer in agent.popart.buffers():
-            buffer += 0.3
+        for name, value in dict(mean=0.3, square=2.0, w=1.5, b=0.2, count=3).items():
+            getattr(agent.popart, name).fill_(value)
     return agent
 
 
@@ -47,6 +48,13 @@ def make_batch(kind, lengths=(5, 3, 1)):
     done = torch.zeros(len(lengths), T, dtype=torch.bool)
     done[0, lengths[0] - 1] = done[-1, lengths[-1] - 1] = True
     return dict(tokens=tokens, done=done, mask=mask)
+
+
+def policy_value(critics, policy, s):
+    """Values (..., C, G) of a policy at states s (..., D): exact, or at its sample"""
+    if isinstance(policy, Categorical):
+        return (critics(s) * policy.probs.unsqueeze(-3)).sum(-1)
+    return critics(s, policy.sample())
 
 
 # ----------------------------------------------------------------------------- T7 TD targets
@@ -81,6 +89,7 @@ def everything(x):
 def test_popart_update_keeps_outputs():
     """Catches a rescaling of w and b that is not the inverse of what the statistics did."""
     popart, raw = PopArt(2, beta=0.1), torch.randn(7, 2)
+    popart.update(raw, everything(raw))
     for i in range(30):
         before = popart.denormalize(popart(raw))
         targets = torch.randn(40, 2) * torch.tensor([3.0, 0.2]) + torch.tensor([i, -5.0])
@@ -106,9 +115,55 @@ def test_first_popart_update_takes_the_batch():
     torch.testing.assert_close(normal.mean((0, 1)), torch.zeros(2), atol=1e-4, rtol=0)
 
 
+def test_first_popart_update_sets_the_scale_of_outputs():
+    """Catches critics that have to grow to the size of the rewards: an output of 1 is one standard
+    deviation of the first targets. Before them every value counts as 0."""
+    popart, targets = PopArt(2), 3000 * torch.randn(50, 2) + 500
+    raw = torch.randn(7, 2)
+    torch.testing.assert_close(popart.denormalize(popart(raw)), torch.zeros(7, 2), atol=1e-3, rtol=0)
+    popart.update(targets, everything(targets))
+    torch.testing.assert_close(popart(raw), raw)
+
+
+def test_popart_leaves_a_near_constant_small():
+    """Catches a division by almost nothing: targets 1 +- .0001 are not blown up to 1 +- 1."""
+    popart, targets = PopArt(2), torch.tensor([1.0, -20.0]) * (1 + 1e-4 * torch.randn(50, 2))
+    popart.update(targets, everything(targets))
+    torch.testing.assert_close(popart.std, torch.tensor([0.1, 2.0]), rtol=1e-3, atol=0)
+    zeros = PopArt(2)
+    zeros.update(torch.zeros(5, 2), everything(torch.zeros(5, 2)))
+    assert zeros.normalize(torch.zeros(5, 2)).isfinite().all()
+
+
+@both_kinds
+def test_folding_popart_into_the_critics_keeps_outputs(kind):
+    """Catches w and b in the wrong order of gammas and actions, and a target network left out."""
+    agent, s = make_agent(kind), torch.randn(5, 64)
+    agent.popart.w.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    agent.popart.b.copy_(torch.tensor([-1.0, 0.0, 4.0]))
+
+    def outputs():
+        policy = agent.actor(s)
+        return [agent.popart(policy_value(critics, policy, s))
+                for critics in (agent.critics, agent.target_critics)]
+    torch.manual_seed(1)
+    before = outputs()
+    agent.fold_popart()
+    torch.manual_seed(1)
+    torch.testing.assert_close(outputs(), before)
+    assert (agent.popart.w == 1).all() and (agent.popart.b == 0).all()
+
+
+def test_an_update_folds_popart():
+    """Catches w and b that stay outside of the critics, where they scale every step of Adam."""
+    agent = make_agent("discrete").eval()
+    Learner(agent, Config(gammas=GAMMAS)).update(make_batch("discrete"))
+    assert (agent.popart.w == 1).all() and (agent.popart.b == 0).all() and agent.popart.count == 4
+
+
 def test_popart_step_is_that_of_its_docstring():
     """Catches an average over updates whose later steps are too long or too short."""
-    popart, mean, square = PopArt(1, beta=0.3), 0.0, 1.0
+    popart, mean, square = PopArt(1, beta=0.3), 0.0, 0.0
     for t in range(1, 5):
         targets = torch.randn(20, 1) + 3 * t
         popart.update(targets, everything(targets))
@@ -197,30 +252,39 @@ def test_critics_start_like_nn_linear_and_apart():
         assert 0.95 / fan_in ** .5 < weight.abs().max() <= 1 / fan_in ** .5
 
 
-def test_subset_min_is_the_minimum_of_a_pair():
-    """Catches a minimum over all critics, their mean, and a draw that no seed repeats."""
-    values = torch.randn(6, 7, 4, 3)
-    torch.manual_seed(1)
-    drawn = random_subset_min(values)
-    torch.manual_seed(1)
-    assert torch.equal(drawn, random_subset_min(values))
-    assert drawn.shape == (6, 7, 3)
-    pairs = torch.minimum(values[:, :, :, None], values[:, :, None])     # (6, 7, C, C, G)
-    assert (pairs == drawn[:, :, None, None]).any(3).any(2).all()
-    assert (drawn > values.amin(2)).any(), "two of four critics often miss the lowest"
-    mean = torch.stack([random_subset_min(values) for _ in range(500)]).mean(0)
-    assert (mean < values.mean(2)).all()
+@both_kinds
+def test_some_members_are_the_same_critics(kind):
+    """Catches members that index gammas or rows and not critics."""
+    agent, s = make_agent(kind), torch.randn(2, 5, 64)
+    inputs = [s] if kind == "discrete" else [s, torch.randn(2, 5, 3, 2)]
+    some, all_of_them = agent.critics(*inputs, members=[2, 0]), agent.critics(*inputs)
+    torch.testing.assert_close(some, all_of_them[:, :, [2, 0]])
 
 
-def test_subset_picks_every_critic_equally_and_anew():
-    """Catches a critic that is never drawn, and one draw shared by many entries."""
-    share, std = 7 / 16, math.sqrt(7 / 16 * 9 / 16 / 7500)   # two draws of four, with replacement
-    for c in range(4):
-        values = torch.zeros(50, 50, 4, 3)
-        values[:, :, c] = -1.0
-        picked = -random_subset_min(values)             # 1 where c was drawn
-        assert abs(picked.mean() - share) < 4 * std
-        assert all((picked != picked.flip(axis)).any() for axis in range(3))
+def test_target_takes_the_lower_of_a_pair_of_critics():
+    """Catches a minimum over all critics or their mean, a critic that is never or too often drawn,
+    and a draw that no seed repeats."""
+    agent, s, done = make_agent("discrete", 4), torch.randn(1, 2, 64), torch.tensor([[False]])
+    with torch.no_grad():
+        policy = agent.target_actor(s[:, 1])
+        q = (agent.target_critics(s[:, 1]) * policy.probs).sum(-1)[0]    # (C, G)
+        pairs = [q[[i, j]].amin(0) for i, j in itertools.combinations(range(4), 2)]
+        values = agent.gammas * agent.popart.denormalize(agent.popart(torch.stack(pairs)))
+
+    def drawn():
+        """Index of the lowest pair that explains the target of the last gamma"""
+        target = agent.td_target(s, torch.zeros(1, 1), done)[0, 0]
+        distance = (values - target).abs()[:, -1]
+        assert distance.min() < 1e-5
+        return values[distance.argmin(), -1].item()
+    torch.manual_seed(1)
+    first = [drawn() for _ in range(600)]
+    torch.manual_seed(1)
+    assert [drawn() for _ in range(20)] == first[:20]
+    # Of 6 pairs 3 hold the lowest critic, 2 more the second lowest, 1 only the two highest.
+    for value, share in zip(sorted(set(first)), (3 / 6, 2 / 6, 1 / 6), strict=True):
+        std = math.sqrt(share * (1 - share) / 600)
+        assert abs(first.count(value) / 600 - share) < 4 * std
 
 
 # ----------------------------------------------------------------------------- T12 policies
@@ -345,21 +409,14 @@ def test_actor_loss_by_hand():
 
 # ----------------------------------------------------------------------------- T10 who learns
 
-def policy_value(critics, policy, s):
-    """Q (C, G) of a policy at one state s (1, D): exact, or at its sample"""
-    if isinstance(policy, Categorical):
-        return (critics(s)[0] * policy.probs).sum(-1)
-    return critics(s, policy.sample())[0]
-
-
 def loss_by_hand(agent, popart, batch):
-    """Agent.loss as loops over rollouts, steps, gammas and critics, with the minimum over all
-    critics in the target. `popart` is the agent's from before the loss; it is updated here."""
+    """Agent.loss as loops over rollouts, steps, gammas and critics, for two critics: the pair of the
+    target is no choice then. `popart` is the agent's from before the loss; it is updated here."""
     tokens, td, online, offline, targets = batch["tokens"], [], [], [], []
     s, real = agent.trunk(tokens), list(zip(*torch.where(batch["mask"])))
     for b, t in real:
         after = s[b, t + 1][None]                                        # (1, D)
-        next_q = policy_value(agent.target_critics, agent.target_actor(after), after)
+        next_q = policy_value(agent.target_critics, agent.target_actor(after), after)[0]
         next_value = popart.denormalize(popart(next_q.amin(0)))          # (G,)
         going_on = 0 if batch["done"][b, t] else 1
         targets.append(tokens["reward"][b, t + 1] + agent.gammas * going_on * next_value)
@@ -369,7 +426,7 @@ def loss_by_hand(agent, popart, batch):
         q = (agent.critics(now)[0, :, :, action] if agent.spec.discrete else
              agent.critics(now, action[None])[0])                        # (C, G)
         pi = agent.actor(now)
-        v = policy_value(agent.critics, pi, now)
+        v = policy_value(agent.critics, pi, now)[0]
         for g in range(len(GAMMAS)):
             for c in range(len(q)):
                 td.append((popart(q[c]) - popart.normalize(y))[g] ** 2)
@@ -383,9 +440,8 @@ def loss_by_hand(agent, popart, batch):
 def test_loss_equals_loops(kind, monkeypatch):
     """Catches s_t taken for s_t+1, an action or reward of another step, online heads for target
     heads, and old statistics for new ones: the whole of Agent.loss against its definition."""
-    monkeypatch.setattr(amago_min, "random_subset_min", lambda values: values.amin(2))
     monkeypatch.setattr(TanhGaussian, "sample", lambda self: torch.tanh(self.mean))
-    agent, batch = make_agent(kind).eval(), make_batch(kind)
+    agent, batch = make_agent(kind, critics=2).eval(), make_batch(kind)
     before = copy.deepcopy(agent.popart)                # loss_by_hand updates it on its own
     with torch.no_grad():
         loss, info = agent.loss(batch)

@@ -5,7 +5,6 @@
     python tests/benchmarks/speed.py --device cuda --sizes paper         # never run: no GPU here
 
 What was tried: updates/s, before -> after, size paper, RepeatPreviousEasy, batch 24, @@hardware@@
-
     in-place activations, and heads on flat (B T, D)       @@before1@@ -> @@after1@@     kept
     critic ensemble: an expanded view and bmm              @@before2@@ -> @@after2@@     kept
     W_hat kept while acting (env steps/s, nano, 16 envs)   @@before3@@ -> @@after3@@     kept
@@ -25,7 +24,7 @@ import time
 from pathlib import Path
 
 if "--cell" in sys.argv:    # not in the parent: a process inherits the peak memory of its parent
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
     import numpy as np
     import torch
     import amago_min as am
@@ -98,16 +97,16 @@ def update(cell):
     expected = (3 + 7) * total / cell["rate"]                # as fast as it was at the last context
     if expected > cell["limit"]:
         return dict(skipped=f"skipped: at least {expected:.0f} s, over --limit {cell['limit']}")
-    learner, buffer = am.Learner(agent, config), am.ReplayBuffer(agent.spec, 48 * (T + 1), rng)
+    learner, buffer = am.Learner(agent, config), am.ReplayBuffer(agent.spec, 48 * T + 48, rng)
     while len(buffer) < 32:
         for _, trajectory in collector.step() if collector else [(0, am.Trajectory(
                 dict(vector=rng.normal(size=(T + 1, 4))), rng.integers(4, size=T),
                 rng.normal(size=T), np.arange(1, T + 1) == T, np.arange(T + 1) == 0))]:
             buffer.add(trajectory)
     found = seconds_per_call(lambda: learner.update(buffer.sample(BATCH, T, cell["device"])), cell)
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cell["device"] == "cpu"
-              else torch.cuda.max_memory_allocated())
-    return dict(found, flops=total, attention=attention / total, memory=memory / 2**20)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 if cell["device"] == "cpu"
+              else torch.cuda.max_memory_allocated() / 2**20)
+    return dict(found, flops=total, attention=attention / total, memory=memory)
 
 
 def act(cell):
@@ -116,8 +115,6 @@ def act(cell):
     found = seconds_per_call(lambda: [collector.step() for _ in range(config.context)], cell)
     return {name: x / config.context / cell["envs"] for name, x in found.items()}
 
-
-# ---- The tables ----
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -138,16 +135,16 @@ def main():
         print(row, end="", flush=True)
         cell = json.dumps(dict(vars(options), what=what, **settings))
         done = subprocess.run([sys.executable, __file__, "--cell", cell], capture_output=True)
-        found = json.loads(done.stdout) if done.returncode == 0 else dict(
+        found = json.loads(done.stdout) if not done.returncode else dict(
             skipped=f"exit {done.returncode}: {done.stderr.decode()[-80:].strip() or 'killed'}")
         return print(found["skipped"]) if "skipped" in found else found
 
     if not (here := run("peak")):
         return 1
-    print(f"fp32 matmul peak {here['rate'] / 1e9:.0f} GFLOP/s; {options.device}, {os.cpu_count()} cores,"
-          f" {here['threads']} threads, torch {here['torch']}, load {os.getloadavg()[0]:.1f}\n\n"
-          f"made-up rollouts, batch {BATCH}\n  size context    median      best  tokens/s  GFLOP/s"
-          "  of peak  peak MB  attention  time per doubling")
+    print(f"fp32 matmul peak {here['rate'] / 1e9:.0f} GFLOP/s on {options.device}, {os.cpu_count()}"
+          f" cores, {here['threads']} threads, torch {here['torch']}, load {os.getloadavg()[0]:.1f}"
+          f"\n\nmade-up rollouts, batch {BATCH}\n  size context updates/s    (best)  tokens/s"
+          "  GFLOP/s  of peak  peak MB  attention  time per doubling")
     for size in options.sizes:
         rate, before = here["rate"], None
         for T in [64, 256] if options.quick else options.contexts:

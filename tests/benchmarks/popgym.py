@@ -1,0 +1,111 @@
+"""What the default options reach on POPGym, beside the paper.
+
+    python tests/benchmarks/popgym.py --main-job                     # RepeatPrevious, seeds 0 1 2
+    python tests/benchmarks/popgym.py --minutes 35                   # eight environments, seed 0
+    python tests/benchmarks/popgym.py --envs popgym:CountRecallEasy --out runs/lr -- --lr 5e-4
+    python tests/benchmarks/popgym.py --table runs/popgym            # only read what is there
+
+Each run is `python amago_min.py --env X --seed S --out FOLDER` and gives one row. "Reached" is the
+first evaluation of at least the paper's return less 0.02: its env steps, updates and minutes of
+training (acting and learning). "Best" is the best of all evaluations, as the paper counts. A run
+whose folder is there already is read and not run again.
+"""
+
+import argparse
+import csv
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)         # in place of this folder, where this file would hide the package
+import envs
+
+EIGHT = [f"popgym:{name}" for name in (
+    "RepeatFirstEasy", "AutoencodeEasy", "CountRecallEasy", "PositionOnlyCartPoleEasy",
+    "PositionOnlyPendulumEasy", "HigherLowerEasy", "MultiarmedBanditEasy",
+    "RepeatPreviousMedium")]
+HEADER = ("environment", "seed", "best", "paper", "reached: env steps", "updates", "minutes",
+          "in all: env steps", "updates", "minutes")
+
+
+def run(env, seed, folder, minutes, more):
+    """One training run; after `minutes` it is told to stop, which it does with everything saved."""
+    command = [sys.executable, str(ROOT / "amago_min.py"), "--env", env, "--seed", str(seed),
+               "--out", str(folder), *more]
+    print("$", " ".join(command), file=sys.stderr)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        process.wait(timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:                   # Ctrl-C has reached the run, too: let it save
+        process.wait()
+        raise
+    if process.wait() not in (0, 130):
+        sys.exit(f"{env}, seed {seed}: exit code {process.returncode}")
+    return time.perf_counter() - start
+
+
+def read_row(folder):
+    """A run's row of the table, from its config.json and log.csv."""
+    config = json.loads((folder / "config.json").read_text())
+    with open(folder / "log.csv", newline="") as file:
+        log = [{name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)]
+    env = envs.make_env(config["env"])
+    paper = env.references.get("paper")
+    if not log:
+        return [env.name, config["seed"], "no evaluation yet", paper] + 6 * ["-"]
+    goal = math.inf if paper is None else paper - 0.02
+    reached = next((row for row in log if row["return_mean"] >= goal), None)
+
+    def when(row):
+        return [f"{row['env_steps']:,.0f}", f"{row['updates']:,.0f}",
+                f"{row['seconds'] / 60:.2f}"] if row else 3 * ["-"]
+    return [env.name, config["seed"], f"{max(row['return_mean'] for row in log):.3f}", paper,
+            *when(reached), *when(log[-1])]
+
+
+def print_row(cells):
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--envs", nargs="+", default=EIGHT)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--main-job", action="store_true",
+                        help="RepeatPreviousEasy, seeds 0 1 2, with wall time and peak memory")
+    parser.add_argument("--minutes", type=float, default=35, help="limit for each run, wall time")
+    parser.add_argument("--out", type=Path, default=Path("runs/popgym"))
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="run nothing, read its runs")
+    parser.add_argument("more", nargs="*", help="after --: options of amago_min.py, to compare")
+    options = parser.parse_args()
+    names, seeds = options.envs, options.seeds or [0]
+    if options.main_job:
+        names, seeds = ["popgym:RepeatPreviousEasy"], options.seeds or [0, 1, 2]
+    folders = sorted(path.parent for path in options.table.glob("*/config.json")) if options.table \
+        else [options.out / f"{name.split(':')[1]}-{seed}" for name in names for seed in seeds]
+    jobs = [(name, seed) for name in names for seed in seeds]
+
+    print_row(HEADER)
+    print_row(["---"] * 2 + ["---:"] * 8)
+    walls = []
+    for i, folder in enumerate(folders):
+        if not (folder / "config.json").exists():
+            walls.append(run(*jobs[i], folder, options.minutes, options.more))
+        print_row(read_row(folder))
+    if options.main_job and walls:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10   # Linux: kilobytes
+        print(f"\nThe whole command, wall time: {', '.join(f'{x:.1f} s' for x in walls)};"
+              f" the largest peak memory: {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""README.md and amago_min.py say what is true: commands, tables, references, sizes.
+
+`python tests/test_docs.py` prints the two tables that README.md has to contain, word for word.
+"""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(FOLDER))
+
+import amago_min as am  # noqa: E402 (after the path)
+
+PROGRAM = (FOLDER / "amago_min.py").read_text()
+README = FOLDER / "README.md"
+needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
+
+
+# ---- tables ----
+
+
+def default_text(value):
+    """A default as one would type it, '' for nothing."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def options_table():
+    """One row per option: flag, default, meaning."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(am.Config):
+        default = default_text(getattr(am.Config(), field.name))
+        meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
+        choices = field.metadata["choices"]
+        meaning += ": " + ", ".join(choices) if choices else ""
+        flag = "--" + field.name.replace("_", "-")
+        rows.append(f"| `{flag}` | {f'`{default}`' if default else ''} | {meaning} |")
+    return "\n".join(rows)
+
+
+def columns_table():
+    """One row per column of log.csv."""
+    rows = ["| column | meaning |", "|---|---|"]
+    return "\n".join(rows + [f"| `{name}` | {meaning} |" for name, (_, meaning) in
+                             am.COLUMNS.items()])
+
+
+@needs_readme
+@pytest.mark.parametrize("table", [options_table, columns_table])
+def test_readme_has_the_table(table):
+    """Catches a default, an option or a column that changed after README was written."""
+    assert table() in README.read_text(), f"README.md needs this table:\n{table()}"
+
+
+def test_every_column_is_explained():
+    """Catches a column of log.csv that nobody can make sense of."""
+    assert all(len(meaning.split()) >= 3 for _, meaning in am.COLUMNS.values())
+
+
+def test_every_option_is_explained():
+    """Catches an option without help, and one that --help does not show."""
+    for field in dataclasses.fields(am.Config):
+        assert len(field.metadata["help"].split()) >= 3, field.name
+
+
+def test_help_names_every_option(capsys):
+    """Catches a % in a help text that breaks --help."""
+    with pytest.raises(SystemExit) as end:
+        am.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for field in dataclasses.fields(am.Config):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+# ---- commands ----
+
+
+def commands_in(text):
+    """The arguments of every `python amago_min.py ...` that starts a line of `text`."""
+    text = text.replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[2:] for line in text.splitlines()
+            if line.strip().startswith("python amago_min.py")]
+
+
+def bash_blocks(markdown):
+    return "\n".join(re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", markdown, re.S | re.M))
+
+
+COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()))
+                                      if README.exists() else [])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_can_be_typed(command):
+    """Catches a command with an option or an environment that does not exist."""
+    if "--help" not in command:
+        am.open_environment(am.parse_command_line(command).env)
+
+
+def test_there_are_commands():
+    """Catches a test above that tests nothing."""
+    assert len(commands_in(am.__doc__)) >= 4
+    assert commands_in("python amago_min.py --env a \\\n    --seed 1   # why\n") == [
+        ["--env", "a", "--seed", "1"]]
+    assert "python" in bash_blocks("x\n```bash\npython y\n```\n")
+
+
+@needs_readme
+def test_files_that_readme_names_exist():
+    """Catches a link or an image that leads nowhere."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        assert target.startswith("http") or (FOLDER / target).exists(), target
+
+
+# ---- references ----
+
+
+def test_references_and_citations_agree():
+    """Catches [9] without an entry in the list, and an entry that nothing refers to."""
+    head, _, rest = PROGRAM.partition("\nReferences\n")
+    listing, _, body = rest.partition('"""')
+    listed = re.findall(r"^ +\[(\d+)\]", listing, re.M)
+    # a number in brackets in the text: comments and docstrings, not indices like x[1]
+    cited = re.findall(r"(?<![\w\])\]])\[(\d+)\](?=[\s.,:;)(\"']|$)", comments_of(head + body))
+    assert listed == [str(i + 1) for i in range(len(listed))]
+    assert set(cited) == set(listed)
+
+
+def comments_of(source):
+    """All comments, and all strings, of a Python source that need not be complete."""
+    strings = re.findall(r'"""(.*?)"""', source, re.S) + re.findall(r'"([^"\n]*)"', source)
+    return "\n".join(strings + re.findall(r"#.*", source))
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("path", sorted([FOLDER / "amago_min.py", FOLDER / "envs.py",
+                                         *(FOLDER / "tests").glob("*.py")]), ids=lambda p: p.name)
+def test_lines_are_at_most_100_columns(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= 100, f"{path.name}:{number} has {len(line)} columns"
+
+
+def test_the_file_is_at_most_1500_lines():
+    assert PROGRAM.count("\n") <= 1500
+
+
+def test_functions_are_at_most_45_lines():
+    """train, the one place where everything comes together, may have 80."""
+    for node in ast.walk(ast.parse(PROGRAM)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= (80 if node.name == "train" else 45), f"{node.name} has {lines} lines"
+
+
+if __name__ == "__main__":
+    print(options_table(), columns_table(), sep="\n\n")
