@@ -57,6 +57,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributions
 from tqdm import tqdm
 
 import envs as environments
@@ -470,7 +471,7 @@ class RunningNorm(nn.Module):
 
         beta_t = beta / (1 - (1 - beta)^t)      so that the first update counts fully
         mean <- (1 - beta_t) mean + beta_t E[x],    square likewise with E[x^2]
-        y = (x - mean) / sqrt(square - mean^2),     only centred where x hardly varies
+        y = (x - mean) / sqrt(square - mean^2),     only centred where that is below 0.001
     """
 
     def __init__(self, dim, beta=1e-4):
@@ -493,7 +494,7 @@ class RunningNorm(nn.Module):
 
     def forward(self, x):
         std = (self.square - self.mean ** 2).clamp(min=0).sqrt()
-        return (x - self.mean) / torch.where(std > 0.01, std, 1.0)
+        return (x - self.mean) / torch.where(std > 1e-3, std, 1.0)
 
 
 class TimestepEncoder(nn.Module):
@@ -511,19 +512,18 @@ class TimestepEncoder(nn.Module):
         d_in = 3 + spec.actions + spec.vector
         self.norm = RunningNorm(d_in)
         if spec.image:
-            self.cnn = nn.Sequential(
-                nn.Conv2d(spec.image[2], 32, 3, 2, 1), nn.LeakyReLU(),
-                nn.Conv2d(32, 64, 3, 2, 1), nn.LeakyReLU(),
-                nn.Conv2d(64, 64, 3, 2, 1), nn.LeakyReLU(), nn.Flatten())
-            height, across = (-(-side // 8) for side in spec.image[:2])   # halved three times
-            self.image_out = nn.Sequential(nn.Linear(64 * height * across, hidden),
-                                           nn.LayerNorm(hidden))
+            layers = []
+            for c_in, c_out in ((spec.image[2], 32), (32, 64), (64, 64)):    # each halves the sides
+                layers += [nn.Conv2d(c_in, c_out, 3, 2, 1), nn.LeakyReLU(inplace=True)]
+            pixels = math.prod(-(-side // 8) for side in spec.image[:2])
+            self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * pixels, hidden),
+                                       nn.LayerNorm(hidden))
             d_in += hidden
         if spec.instruction:
             slots, words, vocabulary = spec.instruction
-            self.embedding = nn.Embedding(vocabulary, 16)
-            self.instruction_out = nn.Sequential(nn.Linear(slots * words * 16, hidden),
-                                                 nn.LayerNorm(hidden))
+            self.instruction = nn.Sequential(nn.Embedding(vocabulary, 16), nn.Flatten(2),
+                                             nn.Linear(slots * words * 16, hidden),
+                                             nn.LayerNorm(hidden))
             d_in += hidden
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.LeakyReLU(inplace=True),
                                  nn.Linear(hidden, width), nn.LayerNorm(width))
@@ -544,10 +544,9 @@ class TimestepEncoder(nn.Module):
         parts = [self.norm(flat)]
         if spec.image:
             image = tokens["obs"]["image"].flatten(0, 1).permute(0, 3, 1, 2)   # (BT, C, H, W)
-            parts.append(self.image_out(self.cnn(image / 128 - 1)).unflatten(0, time.shape))
+            parts.append(self.image(image / 128 - 1).unflatten(0, time.shape))
         if spec.instruction:
-            words = self.embedding(tokens["obs"]["instruction"].long())  # (B, T, K, words, 16)
-            parts.append(self.instruction_out(words.flatten(2)))
+            parts.append(self.instruction(tokens["obs"]["instruction"]))
         return self.mlp(torch.cat(parts, dim=-1))
 
 
@@ -556,50 +555,12 @@ class TimestepEncoder(nn.Module):
 #    Both heads answer for all G discount factors at once: gamma = .1 is an easy problem that shapes
 #    the Transformer's features within minutes, gamma = .999 is the one that we want solved.
 
-class Categorical:
-    """Policies over A discrete actions, from logits (..., G, A)."""
-
-    def __init__(self, logits):
-        self.log_probs = logits.log_softmax(-1)
-        self.probs = self.log_probs.exp()
-
-    def sample(self):
-        """-> (..., G) int"""
-        uniform = torch.rand_like(self.probs[..., :1])
-        return (self.probs.cumsum(-1) < uniform).sum(-1).clamp(max=self.probs.shape[-1] - 1)
-
-    def log_prob(self, action):
-        """action (...) int -> (..., G): what each gamma's policy makes of the same action"""
-        index = action[..., None, None].expand(self.log_probs.shape[:-1] + (1,))
-        return self.log_probs.gather(-1, index).squeeze(-1)
-
-
-class TanhGaussian:
-    """Policies over continuous actions in (-1, 1)^A: a = tanh(m + s * noise), from (..., G, 2A).
-
-        log s = -5 + 3.5 (tanh(raw) + 1)  in [-5, 2]
-        log pi(a) = sum_i log N(atanh a_i; m_i, s_i) - log(1 - a_i^2)
-    """
-
-    def __init__(self, params):
-        self.mean, raw = params.chunk(2, dim=-1)
-        self.log_std = -5 + 3.5 * (raw.tanh() + 1)
-
-    def sample(self):
-        """-> (..., G, A), with a gradient to mean and std"""
-        return torch.tanh(self.mean + self.log_std.exp() * torch.randn_like(self.mean))
-
-    def log_prob(self, action):
-        """action (..., A) -> (..., G). Actions that noise pushed to the border are pulled back a
-        little: atanh(1) is infinite."""
-        action = action.clamp(-0.995, 0.995).unsqueeze(-2)
-        noise = (torch.atanh(action) - self.mean) / self.log_std.exp()
-        log_normal = -0.5 * noise ** 2 - self.log_std - 0.5 * math.log(2 * math.pi)
-        return (log_normal - torch.log(1 - action ** 2)).sum(-1)
-
-
 class Actor(nn.Module):
-    """G policies on one MLP: s (..., D) -> Categorical (..., G, A) or TanhGaussian (..., G, 2A)."""
+    """G policies on one MLP: s (..., D) -> a torch distribution over actions, batch (..., G).
+
+        discrete      Categorical over A actions
+        continuous    a = tanh(m + std noise) in (-1, 1)^A,  log std = -5 + 3.5 (tanh(raw) + 1)
+    """
 
     def __init__(self, width, actions, num_gammas, hidden, discrete=True):
         super().__init__()
@@ -613,7 +574,21 @@ class Actor(nn.Module):
         # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
         out = self.mlp(s.flatten(0, -2))
         out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
-        return Categorical(out) if self.discrete else TanhGaussian(out)
+        if self.discrete:
+            return distributions.Categorical(logits=out, validate_args=False)
+        mean, raw = out.chunk(2, dim=-1)
+        std = (-5 + 3.5 * (raw.tanh() + 1)).exp()
+        normal = distributions.Normal(mean, std, validate_args=False)
+        return distributions.TransformedDistribution(
+            distributions.Independent(normal, 1), distributions.TanhTransform(cache_size=1),
+            validate_args=False)
+
+    def log_prob(self, pi, action):
+        """What each gamma's policy makes of the same action (...) or (..., A) -> (..., G)."""
+        if self.discrete:
+            return pi.log_prob(action.unsqueeze(-1))
+        # Noise pushed some actions to the border, where atanh is infinite.
+        return pi.log_prob(action.clamp(-0.995, 0.995).unsqueeze(-2))
 
 
 class Critics(nn.Module):
@@ -869,10 +844,10 @@ class Agent(nn.Module):
         else:
             q = self.critics(now, action)
             frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
-            v = torch.func.functional_call(self.critics, frozen, (now.detach(), pi.sample()))
+            v = torch.func.functional_call(self.critics, frozen, (now.detach(), pi.rsample()))
         assert q.shape == v.shape == (B, T, C, G), (q.shape, v.shape)
 
-        advantage, log_prob = (q.mean(2) - v.mean(2)).detach(), pi.log_prob(action)
+        advantage, log_prob = (q.mean(2) - v.mean(2)).detach(), self.actor.log_prob(pi, action)
         assert advantage.shape == log_prob.shape == (B, T, G), log_prob.shape
         td = critic_loss(self.popart(q), self.popart.normalize(target), mask)
         online, offline = actor_loss(self.popart(v), log_prob, advantage, mask)
@@ -1504,36 +1479,37 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
+            flags = self._option_string_actions
             message = f"unknown option {unknown[1]}{nearest(unknown[1], flags)}"
         raise UsageError(message)
 
 
 def parse_command_line(argv=None):
-    """Config from the command line. Raises UsageError."""
+    """Config from the command line: one flag per field. Raises UsageError."""
     parser = Parser(prog="amago_min.py", allow_abbrev=False,
                     description="AMAGO: in-context reinforcement learning in one file.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, value in dataclasses.asdict(Config()).items():
-        rule = Config.__dataclass_fields__[name].metadata
+    for field in dataclasses.fields(Config):
+        value, rule = getattr(Config(), field.name), field.metadata
+        kind = type(value[0] if isinstance(value, list) else value)
         how = dict(default=value, help=rule["help"])
-        if isinstance(value, bool):
+        if kind is bool:
             how.update(action=argparse.BooleanOptionalAction)
         else:
-            kind = type(value[0] if isinstance(value, list) else value)
-            how.update(type=whole_number if kind is int else kind, choices=None,
+            words = {int: "INT", float: "NUMBER", str: "TEXT"}[kind]
+            how.update(type=whole_number if kind is int else kind,
                        nargs="+" if isinstance(value, list) else None,
-                       metavar="|".join(rule["choices"]) if rule["choices"] else
-                       {int: "INT", float: "NUMBER", str: "TEXT"}[kind])
-        parser.add_argument("--" + name.replace("_", "-"), **how)
+                       metavar="|".join(rule["choices"]) if rule["choices"] else words)
+        parser.add_argument("--" + field.name.replace("_", "-"), **how)
     return Config(**vars(parser.parse_args(argv)))
 
 
 def whole_number(text):
-    """'1_000', '1000' and '1e3' are all 1000."""
-    if float(text) != int(float(text)):
+    """'1000', '1_000' and '1e3' -> 1000. Raises ValueError for anything that is not whole."""
+    number = float(text)
+    if number != int(number):
         raise ValueError
-    return int(float(text))
+    return int(number)
 
 
 def main(argv=None):

@@ -330,7 +330,7 @@ POPGYM = {  # family: (horizon, random, best, paper) for Easy, Medium, Hard; the
                              "balance a pole from velocities without positions"),
 }
 # Families where a trained agent can be expected at the maximum, so that training may stop there.
-SOLVABLE = ("Autoencode", "RepeatFirst", "RepeatPrevious", "PositionOnlyCartPole",
+SOLVABLE = ("Autoencode", "CountRecall", "RepeatFirst", "RepeatPrevious", "PositionOnlyCartPole",
             "VelocityOnlyCartPole")
 
 

@@ -5,10 +5,12 @@
 
 import ast
 import dataclasses
+import io
 import pathlib
 import re
 import shlex
 import sys
+import tokenize
 
 import pytest
 
@@ -125,19 +127,15 @@ def test_files_that_readme_names_exist():
 
 def test_references_and_citations_agree():
     """Catches [9] without an entry in the list, and an entry that nothing refers to."""
-    head, _, rest = PROGRAM.partition("\nReferences\n")
+    tokens = tokenize.generate_tokens(io.StringIO(PROGRAM).readline)
+    words = "\n".join(token.string for token in tokens
+                      if token.type in (tokenize.COMMENT, tokenize.STRING))
+    head, _, rest = words.partition("\nReferences\n")
     listing, _, body = rest.partition('"""')
     listed = re.findall(r"^ +\[(\d+)\]", listing, re.M)
-    # a number in brackets in the text: comments and docstrings, not indices like x[1]
-    cited = re.findall(r"(?<![\w\])\]])\[(\d+)\](?=[\s.,:;)(\"']|$)", comments_of(head + body))
+    cited = re.findall(r"(?<!\w)\[(\d+)\]", head + body)                # [1], but not x[1]
     assert listed == [str(i + 1) for i in range(len(listed))]
     assert set(cited) == set(listed)
-
-
-def comments_of(source):
-    """All comments, and all strings, of a Python source that need not be complete."""
-    strings = re.findall(r'"""(.*?)"""', source, re.S) + re.findall(r'"([^"\n]*)"', source)
-    return "\n".join(strings + re.findall(r"#.*", source))
 
 
 # ---- sizes ----
