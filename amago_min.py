@@ -36,6 +36,7 @@ References
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -68,7 +69,7 @@ import envs as environments
 #    its defaults the defaults, its help texts `--help`, and its values `config.json`.
 
 # --size: width D, layers, heads H, feed-forward width, width of the actor's and critics' layers,
-# learning rate. `paper` is the POPGym column of [1] Table 3.
+# learning rate. `paper` is the column for POPGym [8] in [1] Table 3.
 SIZES = {
     "nano": dict(width=64, layers=2, heads=4, ff=256, hidden=128, lr=1e-3),
     "small": dict(width=128, layers=2, heads=8, ff=512, hidden=256, lr=5e-4),
@@ -89,12 +90,10 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
 
 
-def option(default, help, choices=None, low=None, high=None):
+def option(default, help, choices=None, low=-math.inf, high=math.inf):
     """A Config field: its default, its help text, and what it may be (choices, or low..high)."""
-    meta = dict(help=help, choices=choices, low=low, high=high)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
+                                                            high=high))
 
 
 @dataclasses.dataclass
@@ -127,12 +126,12 @@ class Config:
     context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
     # learning
     batch: int = option(24, "rollouts per update", low=1)
-    lr: float = option(0.0, "learning rate; 0 takes the one that goes with --size", low=0, high=1)
+    lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1)
     warmup: int = option(100, "updates over which the learning rate rises from 0", low=1)
     weight_decay: float = option(1e-3, "AdamW's decoupled weight decay", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", low=0)
-    gammas: list = option([.1, .9, .95, .97, .99, .995, .999],
-                          "discount factors learned side by side; the last one acts", low=0, high=1)
+    gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
+                           "discount factors learned together; the last one acts", low=0, high=1)
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
     positions: str = option("both", "how attention knows the time", choices=POSITIONS)
@@ -146,11 +145,11 @@ class Config:
             if rule["choices"] and value not in rule["choices"]:
                 raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}"
                                  f"{nearest(value, rule['choices'])}")
-            for number in value if isinstance(value, list) else [value]:
-                if rule["low"] is not None and not number >= rule["low"]:
-                    raise UsageError(f"{flag} {number} is too small: the least is {rule['low']}")
-                if rule["high"] is not None and not number <= rule["high"]:
-                    raise UsageError(f"{flag} {number} is too large: the most is {rule['high']}")
+            for x in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(x, str) and not rule["low"] <= x <= rule["high"]:
+                    raise UsageError(f"{flag} {x} is out of range; the nearest valid value is"
+                                     f" {rule['high'] if x > rule['high'] else rule['low']}")
+        self.lr = self.lr or SIZES[self.size]["lr"]
         if not self.gammas or max(self.gammas) >= 1:
             raise UsageError("--gammas needs one or more numbers in [0, 1); the last one acts")
         if self.target_return not in ("auto", "none"):
@@ -159,9 +158,6 @@ class Config:
             except ValueError:
                 raise UsageError(f"--target-return {self.target_return!r} is neither a number nor"
                                  " none nor auto") from None
-
-    def learning_rate(self):
-        return self.lr or SIZES[self.size]["lr"]
 
     def torch_device(self):
         """The device to compute on. Raises UsageError if it is not there."""
@@ -180,9 +176,8 @@ def keep_freed_memory():
     """Make glibc keep freed memory instead of handing it back to the kernel, which would have to
     zero every page again: 7 % of a small update on a CPU, 40 % of one with continuous actions."""
     with contextlib.suppress(OSError, AttributeError):       # another C library: nothing to set
-        mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
 
 
 def nearest(word, words):
@@ -435,12 +430,14 @@ class Spec:
     @staticmethod
     def of(env):
         """Read the spec off a gymnasium.Env made by envs.make_env."""
-        spaces = observation_parts(env.observation_space)
-        parts = {name: space.shape for name, space in spaces.items()}
+        space = env.observation_space
+        if not isinstance(space, gymnasium.spaces.Dict):
+            space = {"image" if len(space.shape) == 3 else "vector": space}
+        parts = {name: box.shape for name, box in space.items()}
         if "vector" in parts:
             parts["vector"], = parts["vector"]
         if "instruction" in parts:
-            parts["instruction"] += (int(spaces["instruction"].high.max()) + 1,)
+            parts["instruction"] += (int(space["instruction"].high.max()) + 1,)
         action = env.action_space
         if isinstance(action, gymnasium.spaces.Discrete):
             parts.update(actions=int(action.n))
@@ -455,15 +452,9 @@ class Spec:
         """The agent's actions (N,) or (N, A) as a list of what each environment's step takes."""
         if not self.discrete:
             return list(action)
-        return list(np.stack(np.unravel_index(action, self.nvec), -1)) if self.nvec \
-            else action.tolist()
-
-
-def observation_parts(space):
-    """{"vector" | "image" | "instruction": Box} of an observation space, Dict or plain Box."""
-    if isinstance(space, gymnasium.spaces.Dict):
-        return space.spaces
-    return {"image" if len(space.shape) == 3 else "vector": space}
+        if self.nvec:
+            return list(np.stack(np.unravel_index(action, self.nvec), -1))
+        return action.tolist()
 
 
 class RunningNorm(nn.Module):
@@ -700,8 +691,8 @@ class PopArt(nn.Module):
 
 def masked_mean(x, mask):
     """Mean of x (B, T, ...) over the real steps, mask (B, T), and all trailing dimensions."""
-    mask = mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))
-    return torch.where(mask, x, 0.0).sum() / mask.expand_as(x).sum()
+    mask = mask.view(mask.shape + (1,) * (x.dim() - 2)).expand_as(x)
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
 def td_targets(reward, done, next_value, gammas):
@@ -781,13 +772,10 @@ class Agent(nn.Module):
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
                                        config.positions, spec.horizon)
         self.actor = Actor(width, spec.actions, G, hidden, spec.discrete)
-        self.target_actor = Actor(width, spec.actions, G, hidden, spec.discrete)
         self.critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
-        self.target_critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.popart = PopArt(G)
-        for p in [*self.target_actor.parameters(), *self.target_critics.parameters()]:
-            p.requires_grad_(False)
-        self.update_targets(tau=1.0)
 
     @torch.no_grad()
     def update_targets(self, tau):
@@ -803,7 +791,7 @@ class Agent(nn.Module):
         for critics in (self.critics, self.target_critics):
             critics.rescale(self.popart.w, self.popart.b)
         self.popart.w.fill_(1.0)
-        self.popart.b.fill_(0.0)
+        self.popart.b.zero_()
 
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
@@ -1166,7 +1154,7 @@ class Learner:
     def __init__(self, agent, config):
         self.agent, self.config, self.updates = agent, config, 0
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=config.learning_rate(),
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
                                            weight_decay=config.weight_decay, fused=True)
 
     def update(self, batch):
@@ -1186,8 +1174,7 @@ class Learner:
         loss.backward()
         info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = (self.config.learning_rate()
-                           * min(1.0, (self.updates + 1) / self.config.warmup))
+            group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
         self.optimizer.step()
         self.agent.fold_popart()
         self.agent.update_targets(self.config.tau)
@@ -1196,13 +1183,11 @@ class Learner:
 
 
 def describe_batch(batch, loss, updates):
-    """One line on the batch that broke the loss: what its arrays hold."""
-    tokens, (B, T) = batch["tokens"], batch["mask"].shape
-    arrays = dict(reward=tokens["reward"], action=tokens["action"], **tokens["obs"])
-    ranges = (f"{name} in {x.min().item():.3g} .. {x.max().item():.3g}"
-              for name, x in arrays.items())
-    return (f"the loss is {loss.item()} at update {updates}, on a batch of {B} rollouts of at most"
-            f" {T} steps with " + ", ".join(ranges))
+    """One line on the batch that broke the loss: the ranges of its arrays."""
+    arrays = dict(batch["tokens"], **batch["tokens"]["obs"], mask=batch["mask"])
+    ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
+              for name, x in arrays.items() if name != "obs")
+    return f"the loss is {loss.item()} at update {updates}; the batch: " + ", ".join(ranges)
 
 
 @contextlib.contextmanager
@@ -1215,14 +1200,13 @@ def catch_interrupt():
         if caught.is_set():
             raise KeyboardInterrupt
         caught.set()
-    if threading.current_thread() is not threading.main_thread():
-        yield caught                             # signals only ever reach the main thread
-        return
-    previous = signal.signal(signal.SIGINT, handler)
+    main = threading.current_thread() is threading.main_thread()     # only it gets signals
+    previous = signal.signal(signal.SIGINT, handler) if main else None
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def train(config):
@@ -1237,7 +1221,10 @@ def train(config):
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
-    env = open_environment(config.env)
+    try:
+        env = environments.make_env(config.env)
+    except (ValueError, ModuleNotFoundError) as problem:      # unknown name, missing package
+        raise UsageError(problem) from problem
     spec, goal = Spec.of(env), stopping_return(config, env)
 
     agent = Agent(spec, config).to(device).eval()
@@ -1290,14 +1277,6 @@ def train(config):
     return log.folder
 
 
-def open_environment(name):
-    """make_env, with its complaints about names and missing packages as UsageError."""
-    try:
-        return environments.make_env(name)
-    except (ValueError, ModuleNotFoundError) as problem:
-        raise UsageError(str(problem)) from problem
-
-
 def stopping_return(config, env):
     """The mean return at which training stops; inf if it goes on until --env-steps."""
     if config.target_return == "auto":
@@ -1339,16 +1318,18 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=np.__version__, gymnasium=gymnasium.__version__)
+        git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, text=True,
+                             capture_output=True, cwd=Path(__file__).resolve().parent)
         self.json("config.json", dict(dataclasses.asdict(config), versions=versions,
-                                      commit=git_commit(), command=" ".join(sys.argv)))
+                                      commit=git.stdout.strip(), command=" ".join(sys.argv)))
         self.csv(COLUMNS)
         known = ", ".join(f"{name} {value:g}" for name, value in env.references.items())
         parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-        until = f"return {goal:g} or {config.env_steps:,} env steps" if goal < math.inf else \
-            f"{config.env_steps:,} env steps"
+        until = f"return {goal:g} or " if goal < math.inf else ""
         tqdm.write(f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
                    f"{config.size} agent with {parameters:,} parameters on"
-                   f" {next(agent.parameters()).device}; trains until {until}\n\n"
+                   f" {next(agent.parameters()).device}; trains until"
+                   f" {until}{config.env_steps:,} env steps\n\n"
                    + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS.values()))
 
     @contextlib.contextmanager
@@ -1383,12 +1364,13 @@ class Log:
         """eval.json and curve.png from the rows so far, and a last line that says where."""
         if not self.rows:
             return
-        last = self.rows[-1]
-        score = {name: last[name] for name in ("return_mean", "return_std", "success", "episodes",
-                                               "env_steps", "updates")}
-        score["success"] = None if math.isnan(score["success"]) else score["success"]
-        self.json("eval.json", dict(env=self.env.name, **score, train_seconds=last["seconds"],
-                                    seed=self.config.seed))
+        last = dict(self.rows[-1], env=self.env.name, seed=self.config.seed)
+        last["train_seconds"] = last["seconds"]
+        if math.isnan(last["success"]):
+            last["success"] = None
+        self.json("eval.json", {name: last[name] for name in (
+            "env", "return_mean", "return_std", "success", "episodes", "env_steps", "updates",
+            "train_seconds", "seed")})
         plot_curve(self.rows, self.env, self.folder / "curve.png")
         tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
                    f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
@@ -1415,13 +1397,6 @@ def output_folder(config):
     stem = f"runs/{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
     names = (Path(stem if i == 1 else f"{stem}-{i}") for i in itertools.count(1))
     return next(name for name in names if not name.exists())
-
-
-def git_commit():
-    """The commit of the folder that this file is in, or None."""
-    git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always",
-                          "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    return git.stdout.strip() or None
 
 
 def plot_curve(rows, env, path):
@@ -1490,26 +1465,18 @@ def parse_command_line(argv=None):
                     description="AMAGO: in-context reinforcement learning in one file.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
-        value, rule = getattr(Config(), field.name), field.metadata
-        kind = type(value[0] if isinstance(value, list) else value)
-        how = dict(default=value, help=rule["help"])
-        if kind is bool:
-            how.update(action=argparse.BooleanOptionalAction)
-        else:
-            words = {int: "INT", float: "NUMBER", str: "TEXT"}[kind]
-            how.update(type=whole_number if kind is int else kind,
-                       nargs="+" if isinstance(value, list) else None,
-                       metavar="|".join(rule["choices"]) if rule["choices"] else words)
-        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+        value, rule = field.default, field.metadata
+        kind = type(value[0] if isinstance(value, tuple) else value)
+        how = dict(type=kind, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(kind))
+        if isinstance(value, tuple):
+            how.update(nargs="+")
+        elif kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif rule["choices"]:
+            how.update(metavar="|".join(rule["choices"]))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
+                            **how)
     return Config(**vars(parser.parse_args(argv)))
-
-
-def whole_number(text):
-    """'1000', '1_000' and '1e3' -> 1000. Raises ValueError for anything that is not whole."""
-    number = float(text)
-    if number != int(number):
-        raise ValueError
-    return int(number)
 
 
 def main(argv=None):
@@ -1518,11 +1485,9 @@ def main(argv=None):
         config = parse_command_line(argv)
         if config.eval:
             saved, agent, state = load_checkpoint(config.eval, config.torch_device())
-            score = evaluate(agent, saved.env, config.eval_episodes, saved.context,
-                             seed=10_000_000 + config.seed)
-            print(f"{saved.env} after {state['env_steps']:,} env steps: return"
-                  f" {score['return_mean']:.3f} +- {score['return_std']:.3f}, success"
-                  f" {score['success']:.2f}, {score['episodes']} episodes")
+            score = evaluate(agent, saved.env, config.eval_episodes, saved.context, config.seed)
+            print(f"{saved.env} after {state['env_steps']:,} env steps:",
+                  *(f"{name} {value:.6g}" for name, value in score.items()))
         else:
             train(config)
     except UsageError as problem:

@@ -120,6 +120,19 @@ def test_the_last_gamma_acts(monkeypatch):
     assert am.evaluate(run.agent, "probe", 64)["return_mean"] > 0.9
 
 
+def test_acting_uses_the_newest_weights(monkeypatch):
+    """Catches a copy of the weights, kept for speed, that an update leaves behind."""
+    env = use(monkeypatch, Choice)
+    run = Run(env).act(5)
+    tokens = run.sample(4)["tokens"]
+    for _ in range(3):
+        run.learn(1)
+        twin = am.Agent(run.agent.spec, run.config).eval()
+        twin.load_state_dict(run.agent.state_dict())
+        with torch.no_grad():
+            assert torch.equal(run.agent.trunk(tokens), twin.trunk(tokens))
+
+
 # ---- random numbers (T19) ----
 
 

@@ -5,7 +5,6 @@ Numbers are worked out by hand where that is possible; what is batched in the fi
 
 import copy
 import inspect
-import itertools
 import math
 
 import numpy as np
@@ -14,9 +13,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from torch.distributions import Categorical, Normal
+
 import amago_min
-from amago_min import (Actor, Agent, Categorical, Config, Critics, Learner, PopArt, Spec,
-                       TanhGaussian, actor_loss, critic_loss, masked_mean, td_targets)
+from amago_min import (Actor, Agent, Config, Critics, Learner, PopArt, Spec, actor_loss,
+                       critic_loss, masked_mean, td_targets)
 from test_network import random_tokens
 
 GAMMAS = [.5, .9, .99]
@@ -54,7 +55,7 @@ def policy_value(critics, policy, s):
     """Values (..., C, G) of a policy at states s (..., D): exact, or at its sample"""
     if isinstance(policy, Categorical):
         return (critics(s) * policy.probs.unsqueeze(-3)).sum(-1)
-    return critics(s, policy.sample())
+    return critics(s, policy.rsample())
 
 
 # ----------------------------------------------------------------------------- T7 TD targets
@@ -288,88 +289,83 @@ def test_target_takes_the_lower_of_a_pair_of_critics():
 
 # ----------------------------------------------------------------------------- T12 policies
 
-def test_categorical_log_prob_equals_torch():
-    """Catches gammas mixed with actions in the gather."""
+def policy_of(params, discrete=False):
+    """An actor whose network says exactly `params` (N, G, A or 2A), and its policy."""
+    actor = Actor(1, 1, params.shape[-2], hidden=1, discrete=discrete)
+    actor.mlp = nn.Identity()
+    return actor, actor(params.flatten(-2))
+
+
+def test_discrete_policy_by_hand():
+    """Catches gammas mixed with actions, in the probabilities and for the action taken."""
     logits, action = torch.randn(5, 3, 4), torch.tensor([0, 3, 1, 2, 3])
-    ours, theirs = Categorical(logits), torch.distributions.Categorical(logits=logits)
-    torch.testing.assert_close(ours.probs, theirs.probs)
-    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action[:, None].expand(5, 3)))
+    actor, pi = policy_of(logits, discrete=True)
+    torch.testing.assert_close(pi.probs, logits.softmax(-1))
+    log_prob = actor.log_prob(pi, action)
+    assert log_prob.shape == (5, 3) and pi.sample().shape == (5, 3)
+    for i, g in np.ndindex(5, 3):
+        torch.testing.assert_close(log_prob[i, g], logits.softmax(-1)[i, g, action[i]].log())
 
 
-def test_categorical_samples_have_their_probabilities():
-    """Catches an off-by-one in the cumulative sum, and gammas that share their random number."""
-    rows = [.1, 0, .6, .3], [.1, 0, .6, .3], [.25, .25, .25, .25], [0, 0, 0, 1]
-    probs, n = torch.tensor(rows), 20_000
-    drawn = Categorical(probs.log().expand(n, 4, 4)).sample()
-    assert drawn.shape == (n, 4) and not drawn.is_floating_point()
-    share = F.one_hot(drawn, 4).float().mean(0)
-    tolerance = 4 * (probs * (1 - probs) / n).sqrt() + 1e-9              # 4 standard deviations
-    assert ((share - probs).abs() <= tolerance).all()
-    assert (drawn[:, 0] != drawn[:, 1]).any()
+def test_continuous_policy_by_hand():
+    """Catches a missing or wrong tanh correction, a last axis halved the wrong way round, and a sum
+    over gammas in place of dimensions."""
+    params, action = torch.randn(5, 3, 4), torch.rand(5, 2) * 1.8 - 0.9
+    actor, pi = policy_of(params)
+    log_prob = actor.log_prob(pi, action)
+    assert log_prob.shape == (5, 3) and pi.sample().shape == (5, 3, 2)
+    for i, g in np.ndindex(5, 3):
+        mean, std = params[i, g, :2], (-5 + 3.5 * (params[i, g, 2:].tanh() + 1)).exp()
+        normal = (-0.5 * ((action[i].atanh() - mean) / std) ** 2).exp() / std / math.sqrt(2 * math.pi)
+        density = (normal / (1 - action[i] ** 2)).prod()
+        torch.testing.assert_close(log_prob[i, g], density.log(), rtol=1e-4, atol=1e-4)
 
 
-def test_tanh_gaussian_log_prob_equals_torch():
-    """Catches a wrong tanh correction, and a sum over gammas in place of action dimensions."""
-    params = torch.randn(5, 3, 4)
-    action = torch.rand(5, 2) * 1.8 - 0.9
-    policy = TanhGaussian(params)
-    normal = torch.distributions.Normal(policy.mean, policy.log_std.exp())
-    squashed = torch.distributions.TransformedDistribution(
-        normal, torch.distributions.transforms.TanhTransform())
-    expected = squashed.log_prob(action[:, None].expand(5, 3, 2)).sum(-1)
-    torch.testing.assert_close(policy.log_prob(action), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_tanh_gaussian_integrates_to_one():
-    """Catches a missing tanh correction without trusting anyone's formula: the density that
-    log_prob claims must integrate to 1 over (-1, 1)."""
-    policy = TanhGaussian(torch.tensor([[0.3, 0.2]]))   # one gamma, one dimension, std 0.4
+def test_continuous_density_integrates_to_one():
+    """Catches a wrong tanh correction without trusting anyone's formula."""
+    actor, pi = policy_of(torch.tensor([[[0.3, 0.2]]]))  # one gamma, one dimension, std 0.4
     action = torch.linspace(-0.995, 0.995, 20_001)
-    density = policy.log_prob(action[:, None]).exp()[:, 0]
+    density = actor.log_prob(pi, action[:, None]).exp()[:, 0]
     assert abs(torch.trapezoid(density, action) - 1) < 1e-3
 
 
 def test_tanh_correction_is_the_derivative():
     """Catches the correction of another squashing function: d tanh / dx, measured numerically."""
-    policy, x = TanhGaussian(torch.zeros(1, 2)), torch.tensor([-2.0, -.5, 0, 1, 2.5]).double()
+    x = torch.tensor([-2.0, -.5, 0, 1, 2.5]).double()
+    actor, pi = policy_of(torch.zeros(1, 1, 2).double())
     slope = (torch.tanh(x + 1e-5) - torch.tanh(x - 1e-5)) / 2e-5
-    normal = torch.distributions.Normal(0.0, policy.log_std.exp().item())
-    expected = normal.log_prob(x) - slope.log()
-    torch.testing.assert_close(policy.log_prob(torch.tanh(x)[:, None])[:, 0], expected)
+    expected = Normal(0.0, math.exp(-1.5)).log_prob(x) - slope.log()
+    log_prob = actor.log_prob(pi, torch.tanh(x)[:, None])[:, 0]
+    torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_tanh_gaussian_at_the_border_is_finite():
+def test_continuous_actions_at_the_border_are_finite():
     """Catches atanh(1) = inf: noise pushes real actions exactly to the border."""
-    policy = TanhGaussian(torch.zeros(2, 1, 4, requires_grad=True))
-    border = policy.log_prob(torch.tensor([[1.0, -1.0], [0.995, -0.995]]))
+    actor, pi = policy_of(torch.zeros(2, 1, 4))
+    border = actor.log_prob(pi, torch.tensor([[1.0, -1.0], [0.995, -0.995]]))
     assert border.isfinite().all() and torch.equal(border[0], border[1])
 
 
-def test_tanh_gaussian_samples_its_density():
-    """Catches a variance used for a standard deviation; the range of log_std is the docstring's."""
-    policy = TanhGaussian(torch.tensor([0.4, -0.3]).expand(20_000, 1, 2))
-    sample = policy.sample()
-    assert sample.shape == (20_000, 1, 1)
+def test_continuous_samples_have_their_density():
+    """Catches a variance used for a standard deviation, and limits other than exp(-5) and exp(2)."""
+    raw = policy_of(torch.tensor([0.4, -0.3]).expand(20_000, 1, 2))[1].sample().atanh()
     std = math.exp(-5 + 3.5 * (math.tanh(-0.3) + 1))
-    raw = torch.atanh(sample)
-    assert abs(raw.mean() - 0.4) < 5 * std / math.sqrt(20_000)
-    assert abs(raw.std() / std - 1) < 5 / math.sqrt(2 * 20_000)
-    limits = TanhGaussian(torch.tensor([0.0, 0.0, -99.0, 99.0])).log_std
-    torch.testing.assert_close(limits, torch.tensor([-5.0, 2.0]))
+    assert abs(raw.mean() - 0.4) < 4 * std / math.sqrt(20_000)
+    assert abs(raw.std() / std - 1) < 4 / math.sqrt(2 * 20_000)
+    limits = policy_of(torch.tensor([[[0.0, 0.0, -99.0, 99.0]]]))[1].base_dist.base_dist.scale.log()
+    torch.testing.assert_close(limits[0, 0], torch.tensor([-5.0, 2.0]))
 
 
 @pytest.mark.parametrize("discrete", [True, False])
-def test_actor_has_one_policy_per_gamma(discrete):
-    """Catches outputs cut up as (A, G), and a last axis halved the wrong way round."""
+def test_actor_reads_the_state(discrete):
+    """Catches states of a rollout that swap places on their way through the flat network."""
     actor, s = Actor(6, 4, num_gammas=3, hidden=8, discrete=discrete), torch.randn(2, 5, 6)
-    policy, out = actor(s), actor.mlp(s.flatten(0, 1)).view(2, 5, 3, -1)
-    if discrete:
-        torch.testing.assert_close(policy.probs, out.softmax(-1))
-        assert policy.sample().shape == (2, 5, 3)
-    else:
-        torch.testing.assert_close(policy.mean, out[..., :4])
-        assert policy.sample().shape == (2, 5, 3, 4)
-        assert policy.log_prob(torch.zeros(2, 5, 4)).shape == (2, 5, 3)
+    action = torch.ones(2, 5).long() if discrete else torch.rand(2, 5, 4)
+    whole = actor.log_prob(actor(s), action)
+    assert whole.shape == (2, 5, 3)
+    for b, t in np.ndindex(2, 5):
+        alone = actor.log_prob(actor(s[b, t][None]), action[b, t][None])[0]
+        torch.testing.assert_close(whole[b, t], alone, rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- loss terms
@@ -431,7 +427,7 @@ def loss_by_hand(agent, popart, batch):
                 td.append((popart(q[c]) - popart.normalize(y))[g] ** 2)
             online.append(-popart(v)[:, g].min())
             imitate = q[:, g].mean() > v[:, g].mean()
-            offline.append(-imitate.float() * pi.log_prob(action[None])[0, g])
+            offline.append(-imitate.float() * agent.actor.log_prob(pi, action[None])[0, g])
     return [torch.stack(terms).mean() for terms in (td, online, offline)]
 
 
@@ -439,7 +435,8 @@ def loss_by_hand(agent, popart, batch):
 def test_loss_equals_loops(kind, monkeypatch):
     """Catches s_t taken for s_t+1, an action or reward of another step, online heads for target
     heads, and old statistics for new ones: the whole of Agent.loss against its definition."""
-    monkeypatch.setattr(TanhGaussian, "sample", lambda self: torch.tanh(self.mean))
+    for sample in ("sample", "rsample"):                # a continuous policy without its noise
+        monkeypatch.setattr(Normal, sample, lambda self, _: self.mean)
     agent, batch = make_agent(kind, critics=2).eval(), make_batch(kind)
     before = copy.deepcopy(agent.popart)                # loss_by_hand updates it on its own
     with torch.no_grad():

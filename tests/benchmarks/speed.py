@@ -8,7 +8,7 @@ What was tried: updates/s, before -> after, size paper, RepeatPreviousEasy, batc
     in-place activations, and heads on flat (B T, D)       @@before1@@ -> @@after1@@     kept
     critic ensemble: an expanded view and bmm              @@before2@@ -> @@after2@@     kept
     W_hat kept while acting (env steps/s, nano, 16 envs)   @@before3@@ -> @@after3@@     kept
-    malloc thresholds, so that large blocks are reused     7-8 % less CPU time           not used
+    malloc thresholds, so that large blocks are reused     7-8 % less CPU time           kept
     @@more@@
 """
 
@@ -65,7 +65,7 @@ def flops(agent, T):
         linear layers of encoder and Transformer    2 |W| for each of B (T+1) tokens           x 3
         attention, q k' and weights v, causal       2 x 2 D (T+1)^2 / 2 per layer and rollout  x 3
         actor and C critics                         2 |W| for each of B T transitions          x 3
-        target actor and C target critics           the same, forward only                     x 1
+        target actor and 2 of the target critics    the same, forward only                     x 1
 
     x 3: one forward and one backward pass, which costs two. Left out: all that is no matrix product
     (norms, activations, softmax, PopArt, AdamW) and the W'u of sigma. For discrete actions.
@@ -75,14 +75,16 @@ def flops(agent, T):
                    if isinstance(layer, (am.nn.Linear, am.SigmaLinear)))
     trunk, tokens = agent.transformer, BATCH * (T + 1)
     attention = 3 * tokens * (T + 1) * 2 * trunk.width * len(trunk.blocks)
-    heads = linear(agent.actor) + sum(2 * w.numel() for w in agent.critics.weights)
-    linears = 3 * tokens * (linear(agent.encoder) + linear(trunk)) + 4 * BATCH * T * heads
+    actor, one_critic = linear(agent.actor), sum(2 * w[0].numel() for w in agent.critics.weights)
+    heads = 3 * (actor + agent.critics.num_critics * one_critic) + actor + 2 * one_critic
+    linears = 3 * tokens * (linear(agent.encoder) + linear(trunk)) + BATCH * T * heads
     return linears + attention, attention
 
 
 def build(cell, T=0):
     """-> Config, Agent, and a Collector on ENV (None where T steps are to be made up instead)"""
-    spec = am.Spec(vector=4, actions=4, horizon=T) if T else am.Spec.of(am.open_environment(ENV))
+    spec = (am.Spec(vector=4, actions=4, horizon=T) if T else
+            am.Spec.of(am.environments.make_env(ENV)))
     config = am.Config(env=ENV, size=cell["size"], batch=BATCH, context=spec.horizon)
     agent, n = am.Agent(spec, config).to(cell["device"]).eval(), cell.get("envs", 16)
     noise = am.Exploration(spec, n, config.explore_steps, np.random.default_rng(0))
@@ -127,6 +129,7 @@ def main():
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if cell := options.cell:
+        am.keep_freed_memory()              # as train does
         torch.set_num_threads(cell["threads"] or torch.get_num_threads())
         return print(json.dumps(dict(peak=peak, update=update, act=act)[cell["what"]](cell)))
 
