@@ -1,4 +1,4 @@
-"""The command line: what a run leaves behind, and what becomes of bad input, breakage and Ctrl-C."""
+"""The command line: what a run leaves behind; bad input, environments that break, Ctrl-C."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import amago_min as am
-from probes import Choice, Probe, use
+from probes import Choice, Constant, Probe, use
 
 PROGRAM = pathlib.Path(am.__file__)
 SMALL = ["--parallel-envs", "2", "--eval-episodes", "2", "--batch", "4"]
@@ -81,8 +81,8 @@ def test_a_short_run_leaves_its_files(env, tmp_path, capsys):
     assert am.main(["--eval", "run", "--eval-episodes", "4", "--seed", "5"]) == 0
     config, agent, state = am.load_checkpoint(out)
     assert config.env == env and state["updates"] == last["updates"]
-    again = am.evaluate(agent, env, 4, config.context, seed=10_000_005)
-    assert f"return {again['return_mean']:.3f} +-" in capsys.readouterr().out
+    again = am.evaluate(agent, env, 4, config.context, seed=5)["return_mean"]
+    assert f"{again:.6g}" in capsys.readouterr().out
 
 
 def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
     save = am.save_checkpoint
     monkeypatch.setattr(am, "save_checkpoint", lambda path, config, agent, *rest, **more: (
         agents.append(agent), save(path, config, agent, *rest, **more)))
-    folder = am.train(am.Config(env="probe", env_steps=300, batch=8, out="run"))
+    folder = am.train(am.Config(env="probe", env_steps=100, replay_ratio=2., out="run"))
     config, agent, state = am.load_checkpoint(folder)
     assert config == am.Config(**dataclasses.asdict(config)) and not agent.training
     for (name, x), y in zip(agents[-1].state_dict().items(), agent.state_dict().values()):
@@ -102,8 +102,8 @@ def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
 
 def test_training_stops_at_the_target_return(tmp_path, monkeypatch):
     """Catches a run that goes on after the goal, and `none` that stops nevertheless."""
-    use(monkeypatch, Choice, max_return=1)
-    for target, stops in (("-2", True), ("auto", False), ("none", False)):
+    use(monkeypatch, Constant, max_return=1)              # whose return is 1, trained or not
+    for target, stops in (("0.5", True), ("auto", True), ("2", False), ("none", False)):
         out = tmp_path / target
         assert am.main(["--env", "probe", "--env-steps", "20", "--target-return", target,
                         "--out", str(out), *SMALL]) == 0
@@ -116,6 +116,39 @@ def test_the_goal_is_one_percent_below_the_maximum():
         env = Probe()
         env.max_return = best
         assert am.stopping_return(am.Config(), env) == pytest.approx(goal)
+
+
+def test_every_step_is_replayed_as_often_as_asked(tmp_path, monkeypatch):
+    """Catches a ratio that counts updates, rollouts or environments instead of steps."""
+    use(monkeypatch, Choice)                              # 1 step per rollout: 8 steps per update
+    assert am.main("--env probe --env-steps 100 --parallel-envs 10 --batch 8 --replay-ratio 4"
+                   " --eval-episodes 1 --out run".split()) == 0
+    assert saved(tmp_path / "run")["updates"] == (100 - 10) * 4 / 8
+
+
+def test_training_never_sees_the_rollouts_of_evaluation(tmp_path, monkeypatch):
+    """Catches an evaluation on the training's environments, with any two seeds."""
+    use(monkeypatch, Choice)
+    seeds, make_env = {"training": set(), "evaluation": set()}, am.environments.make_env
+    where = ["training"]
+
+    def record(name, seed=None):
+        seeds[where[-1]].add(seed)
+        return make_env(name, seed)
+
+    def evaluate(*args, real=am.evaluate, **options):
+        where.append("evaluation")
+        try:
+            return real(*args, **options)
+        finally:
+            where.pop()
+    monkeypatch.setattr(am.environments, "make_env", record)
+    monkeypatch.setattr(am, "evaluate", evaluate)
+    for seed in range(3):
+        am.train(am.Config(env="probe", env_steps=1, seed=seed, out=f"run{seed}"))
+    seeds["training"].discard(None)                       # the one that is only looked at
+    assert len(seeds["training"]) == 3 * 16 and seeds["evaluation"]
+    assert not seeds["training"] & seeds["evaluation"]
 
 
 # ---- folders ----
@@ -183,8 +216,8 @@ BAD = [  # arguments; what the message has to contain: the wrong word and the ne
     ("--buffer-steps 100 --env gym:CartPole-v1", "--buffer-steps 100", "501"),
     ("--eval nowhere", "nowhere", "folder"),
     ("popgym:RepeatPrevious", "popgym:RepeatPrevious", ""),
-    ("--out taken.txt", "taken.txt", "folder"),
-    ("--out taken.txt/run", "taken.txt", "folder"),
+    ("--out taken.txt", "taken.txt", ""),
+    ("--out taken.txt/run", "taken.txt", ""),
 ]
 
 
@@ -201,27 +234,34 @@ def test_bad_arguments(arguments, wrong, right, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
-def test_a_missing_package_comes_with_its_command(monkeypatch, capsys, tmp_path):
-    """Catches a bare ModuleNotFoundError."""
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_missing_package_comes_with_its_command(evaluating, monkeypatch, capsys, tmp_path):
+    """Catches a bare ModuleNotFoundError, in training and on another machine in --eval."""
+    command = []
+    if evaluating:
+        assert am.main(["--env-steps", "1", "--out", "run", *SMALL]) == 0
+        command = ["--eval", "run"]
+    before = contents(tmp_path)
     find = am.environments.importlib.util.find_spec
     monkeypatch.setattr(am.environments.importlib.util, "find_spec",
                         lambda name, *rest: None if name == "popgym" else find(name, *rest))
-    assert am.main([]) == 2
-    assert "pip install popgym==" in one_line(capsys)
-    assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
+    assert am.main(command) == 2
+    assert "pip install popgym==" in one_line(capsys) and contents(tmp_path) == before
 
 
 def test_exit_code_of_the_program():
     """Catches an exit code that never leaves Python."""
-    run = subprocess.run([sys.executable, PROGRAM, "--size", "smal"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, PROGRAM, "--size", "smal"], capture_output=True,
+                         text=True)
     assert (run.returncode, run.stdout) == (2, "") and "small?" in run.stderr
     assert run.stderr.count("\n") == 1 and os.listdir() == []
 
 
 def test_numbers_may_be_written_as_people_do():
-    """Catches 1e6 that is no whole number."""
-    config = am.parse_command_line("--env-steps 1_000 --buffer-steps 1e5 --gammas 0 .9".split())
-    assert (config.env_steps, config.buffer_steps, config.gammas) == (1000, 100_000, [0, .9])
+    """Catches 1_000 that is no number."""
+    config = am.parse_command_line("--env-steps 1_000 --lr 1e-3 --gammas 0 .9".split())
+    assert (config.env_steps, config.lr, config.gammas) == (1000, .001, [0, .9])
 
 
 # ---- what breaks on the way ----
@@ -269,7 +309,7 @@ def test_a_broken_environment_is_named(key, wrong, at, n_envs, monkeypatch, caps
 
 
 def until_broken(monkeypatch, tmp_path):
-    """Train on `probe` until it breaks; -> (exit code, the saved state, states after each update)"""
+    """Train on `probe` until it breaks -> exit code, the saved state, states after each update"""
     states, update = [], am.Learner.update
 
     def record(self, batch):
@@ -295,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, tmp_path):
     code, state, states = until_broken(monkeypatch, tmp_path)
     message = one_line(capsys)
     assert code == 1 and len(calls) == 4 and len(states) == state["updates"] == 3
-    assert "loss" in message and "update 3" in message and "8 rollouts" in message
+    assert all(word in message for word in ("loss is nan", "update 3", "reward", "vector"))
     assert all(torch.equal(state["agent"][name], x) for name, x in states[-1].items())
 
 
@@ -338,9 +378,10 @@ def test_gradients_that_are_not_finite_stop_the_run(monkeypatch, capsys, tmp_pat
 
 def test_control_c_saves_and_exits_130(tmp_path):
     """Catches Ctrl-C that kills the run in the middle of an update or of a file."""
+    command = [sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20",
+               "--eval-every", "20", "--out", "run", *SMALL]
     with open("stderr", "w") as stderr:
-        run = subprocess.Popen([sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20",
-                                "--eval-every", "20", "--out", "run", *SMALL], stdout=subprocess.DEVNULL, stderr=stderr)
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
     log = tmp_path / "run" / "log.csv"
     while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.05)                                  # a header and two evaluations

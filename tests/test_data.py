@@ -97,8 +97,8 @@ def test_longer_padding_changes_nothing(spec, monkeypatch):
     """Catches a mean over all steps in place of the real ones."""
     def longer(x, real):
         return torch.cat([x, x[:, -1:].expand(-1, 5, *x.shape[2:])], dim=1)
-    # its random numbers would differ, because there are more of them
-    monkeypatch.setattr(am.TanhGaussian, "sample", lambda self: self.mean.tanh())
+    for name in ("sample", "rsample"):    # there would be more random numbers, hence other ones
+        monkeypatch.setattr(torch.distributions.Normal, name, lambda self, shape=(): self.loc)
     agent, batch = am.Agent(spec, am.Config()), padded_batch(spec)
     padded = change_tokens(batch, longer)
     padded["mask"] = torch.nn.functional.pad(batch["mask"], (0, 5), value=False)
@@ -138,11 +138,16 @@ def test_a_trajectory_comes_back_exactly(spec):
 
 
 def test_tokens_hold_the_previous_action_and_reward():
-    """Catches the worst silent bug: token t that holds reward t, which it should predict."""
-    buffer, (trajectory,) = buffer_of(SPECS["discrete"], [9])
-    tokens = buffer.sample(1, context=9)["tokens"]
-    np.testing.assert_array_equal(tokens["reward"][0], [0, *trajectory.reward])
-    np.testing.assert_array_equal(tokens["action"][0], [0, *trajectory.action])
+    """Catches the worst silent bug: token t that holds reward t, which it should predict. The
+    buffer has been written over many times, so that the first tokens have to be made 0."""
+    buffer, trajectories = buffer_of(SPECS["discrete"], [9, 3, 4] * 20, capacity=41)
+    tokens = buffer.sample(20, context=9)["tokens"]
+    by_length = {len(t): t for t in trajectories}
+    for reward, action, time in zip(tokens["reward"], tokens["action"], tokens["time"]):
+        length = int(time[-1])                            # padding repeats the last time
+        trajectory = by_length[length]
+        np.testing.assert_array_equal(reward[:length + 1], [0, *trajectory.reward])
+        np.testing.assert_array_equal(action[:length + 1], [0, *trajectory.action])
 
 
 def test_slices_of_long_rollouts_keep_their_place():
@@ -251,6 +256,28 @@ def test_acting_and_training_read_the_same_tokens(monkeypatch):
                 assert acted[name].dtype == trained[name].dtype
                 assert acted[name].item() == trained[name][0, t].item(), (name, t)
         start += len(trajectory)
+
+
+def test_acting_and_training_know_the_same(monkeypatch):
+    """Catches a cache that is not emptied when a rollout ends, or is emptied for all of them:
+    what the agent knew when it acted is what training computes from the finished rollout."""
+    spec = am.Spec.of(use(monkeypatch, Count))
+    agent, knew, trunk = am.Agent(spec, am.Config()).eval(), [], am.Agent.trunk
+
+    def record(tokens, cache=None):
+        knew.append(trunk(agent, tokens, cache=cache)[:, 0])              # (N, D)
+        return knew[-1].unsqueeze(1)
+    agent.trunk = record
+    collector, start = am.Collector("probe", 3, agent, 1024, 7), [0, 0, 0]
+    for step in range(1, 40):
+        for i, trajectory in collector.step():
+            buffer = am.ReplayBuffer(spec, 100, np.random.default_rng(0))
+            buffer.add(trajectory)
+            with torch.no_grad():
+                expected = trunk(agent, buffer.sample(1, context=9)["tokens"])[0, :-1]
+            got = torch.stack([s[i] for s in knew[start[i]:step]])        # (T, D)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            start[i] = step
 
 
 # ---- buffer (T15) ----

@@ -1,6 +1,6 @@
 """README.md and amago_min.py say what is true: commands, tables, references, sizes.
 
-`python tests/test_docs.py` prints the two tables that README.md has to contain, word for word.
+`python tests/test_docs.py` writes the tables of options and columns into README.md.
 """
 
 import ast
@@ -31,15 +31,15 @@ def default_text(value):
     """A default as one would type it, '' for nothing."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def options_table():
     """One row per option: flag, default, meaning."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(am.Config):
-        default = default_text(getattr(am.Config(), field.name))
-        meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
+        default = default_text(field.default)
+        meaning = field.metadata["help"].replace("%%", "%").replace("<", "&lt;")
         choices = field.metadata["choices"]
         meaning += ": " + ", ".join(choices) if choices else ""
         flag = "--" + field.name.replace("_", "-")
@@ -53,11 +53,22 @@ def columns_table():
     return "\n".join(rows + [f"| `{name}` | {about[-1]} |" for name, about in am.COLUMNS.items()])
 
 
+TABLES = {"options": options_table, "columns": columns_table}
+
+
+def filled_in(text, name):
+    """README.md's text with the table between <!-- name --> and <!-- end -->."""
+    head, found, rest = text.partition(f"<!-- {name} -->\n")
+    assert found, f"README.md has no place for {name}"
+    return head + found + TABLES[name]() + "\n" + rest[rest.index("<!-- end -->"):]
+
+
 @needs_readme
-@pytest.mark.parametrize("table", [options_table, columns_table])
-def test_readme_has_the_table(table):
+@pytest.mark.parametrize("name", TABLES)
+def test_readme_has_the_table(name):
     """Catches a default, an option or a column that changed after README was written."""
-    assert table() in README.read_text(), f"README.md needs this table:\n{table()}"
+    text = README.read_text()
+    assert filled_in(text, name) == text, "run python tests/test_docs.py"
 
 
 def test_every_column_is_explained():
@@ -85,9 +96,9 @@ def test_help_names_every_option(capsys):
 
 
 def commands_in(text):
-    """The arguments of every `python amago_min.py ...` that starts a line of `text`."""
-    text = text.replace("\\\n", " ")
-    return [shlex.split(line, comments=True)[2:] for line in text.splitlines()
+    """The arguments of every `python amago_min.py ...` that starts a line or follows an &&."""
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines
             if line.strip().startswith("python amago_min.py")]
 
 
@@ -103,7 +114,7 @@ COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()
 def test_commands_can_be_typed(command):
     """Catches a command with an option or an environment that does not exist."""
     if "--help" not in command:
-        am.open_environment(am.parse_command_line(command).env)
+        am.environments.make_env(am.parse_command_line(command).env)
 
 
 def test_there_are_commands():
@@ -116,9 +127,27 @@ def test_there_are_commands():
 
 @needs_readme
 def test_files_that_readme_names_exist():
-    """Catches a link or an image that leads nowhere."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+    """Catches a link, an image or a script that leads nowhere."""
+    text = README.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python ([\w/]+\.py)", text):
         assert target.startswith("http") or (FOLDER / target).exists(), target
+
+
+@needs_readme
+def test_readme_is_finished():
+    """Catches a number that was never filled in."""
+    assert re.findall(r"@@\w+@@|TODO|XXX", README.read_text()) == []
+
+
+@needs_readme
+def test_sections_of_the_file_are_those_in_readme():
+    """Catches a section that was added, renamed or moved."""
+    how_to_read = README.read_text().partition("## How to read")[2].partition("\n## ")[0]
+    shown = re.findall(r"^\| (\d+) ([^|]+) \|", how_to_read, re.M)
+    real = re.findall(r"^# (\d+)\. (.+)", PROGRAM, re.M)
+    assert len(shown) == len(real) > 5
+    for (number, title), (real_number, real_title) in zip(shown, real):
+        assert number == real_number and real_title.startswith(title)
 
 
 # ---- references ----
@@ -160,4 +189,7 @@ def test_functions_are_at_most_45_lines():
 
 
 if __name__ == "__main__":
-    print(options_table(), columns_table(), sep="\n\n")
+    text = README.read_text()
+    for name in TABLES:
+        text = filled_in(text, name)
+    README.write_text(text)

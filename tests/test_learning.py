@@ -120,6 +120,13 @@ def test_the_last_gamma_acts(monkeypatch):
     assert am.evaluate(run.agent, "probe", 64)["return_mean"] > 0.9
 
 
+def test_learning_rate_warms_up(monkeypatch):
+    """Catches a warm-up that never ends, or that is one update late."""
+    run = Run(use(monkeypatch, Constant), warmup=4, lr=1e-3).act(1)
+    rates = [run.learn(1).learner.optimizer.param_groups[0]["lr"] for _ in range(6)]
+    assert rates == pytest.approx([.25e-3, .5e-3, .75e-3, 1e-3, 1e-3, 1e-3])
+
+
 def test_acting_uses_the_newest_weights(monkeypatch):
     """Catches a copy of the weights, kept for speed, that an update leaves behind."""
     env = use(monkeypatch, Choice)
@@ -152,7 +159,7 @@ def first_updates(monkeypatch, folder, seed):
     with monkeypatch.context() as patch:
         patch.setattr(am.Learner, "update", record_update)
         patch.setattr(am.Agent, "act", record_act)
-        am.train(am.Config(env="gym:CartPole-v1?horizon=20", env_steps=140, parallel_envs=4,
+        am.train(am.Config(env="gym:CartPole-v1?horizon=20", env_steps=200, parallel_envs=4,
                            eval_episodes=2, seed=seed, out=str(folder)))
     return losses[:5], torch.cat(actions).tolist()
 

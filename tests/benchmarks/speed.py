@@ -1,7 +1,6 @@
 """How fast amago_min is here, beside what this machine can do. By hand, on a quiet machine:
 
-    python tests/benchmarks/speed.py              # all tables; @@speed_minutes@@ on @@hardware@@
-    python tests/benchmarks/speed.py --quick      # two contexts, fewer repeats
+    python tests/benchmarks/speed.py    # @@speed_minutes@@; --quick for contexts 64 and 256 only
     python tests/benchmarks/speed.py --device cuda --sizes paper         # never run: no GPU here
 
 What was tried: updates/s, before -> after, size paper, RepeatPreviousEasy, batch 24, @@hardware@@
@@ -37,7 +36,6 @@ OFFICIAL = {"small": 7.6, "paper": 4.3, "acting": 2_900}
 
 
 # ---- The cells, each in a process of its own: dict of settings -> dict of numbers ----
-
 def seconds_per_call(call, cell):
     """-> dict(median, best) over 7 (--quick: 3) repeats of at least 0.2 s each, after a warm-up"""
     def timed(calls):
@@ -77,28 +75,29 @@ def flops(agent, T):
     attention = 3 * tokens * (T + 1) * 2 * trunk.width * len(trunk.blocks)
     actor, one_critic = linear(agent.actor), sum(2 * w[0].numel() for w in agent.critics.weights)
     heads = 3 * (actor + agent.critics.num_critics * one_critic) + actor + 2 * one_critic
-    linears = 3 * tokens * (linear(agent.encoder) + linear(trunk)) + BATCH * T * heads
-    return linears + attention, attention
+    below = 3 * tokens * (linear(agent.encoder) + linear(trunk))
+    return below + attention + BATCH * T * heads, attention
 
 
-def build(cell, T=0):
-    """-> Config, Agent, and a Collector on ENV (None where T steps are to be made up instead)"""
-    spec = (am.Spec(vector=4, actions=4, horizon=T) if T else
-            am.Spec.of(am.environments.make_env(ENV)))
+def build(cell):
+    """-> Config, Agent, Collector on ENV; or, with a context, no Collector but made-up rollouts"""
+    T, env = cell["context"], am.environments.make_env(ENV)
+    spec = am.Spec(vector=4, actions=4, horizon=T) if T else am.Spec.of(env)
     config = am.Config(env=ENV, size=cell["size"], batch=BATCH, context=spec.horizon)
-    agent, n = am.Agent(spec, config).to(cell["device"]).eval(), cell.get("envs", 16)
-    noise = am.Exploration(spec, n, config.explore_steps, np.random.default_rng(0))
+    agent = am.Agent(spec, config).to(cell["device"]).eval()
+    n, rng = cell.get("envs", 16), np.random.default_rng(0)
+    noise = am.Exploration(spec, n, config.explore_steps, rng)
     return config, agent, None if T else am.Collector(ENV, n, agent, config.context, 0, noise)
 
 
 def update(cell):
-    """Sample and learn, on made-up rollouts of `context` steps or, if that is 0, those of ENV."""
-    config, agent, collector = build(cell, cell["context"])
+    """Sample and learn, on made-up rollouts of `context` steps; if that is 0, on those of ENV."""
+    config, agent, collector = build(cell)
     T, rng = config.context, np.random.default_rng(0)
     total, attention = flops(agent, T)
     expected = (3 + 7) * total / cell["rate"]                # as fast as it was at the last context
     if expected > cell["limit"]:
-        return dict(skipped=f"skipped: at least {expected:.0f} s, over --limit {cell['limit']}")
+        return dict(skipped=f"skipped: {expected:.0f} s or more, over --limit {cell['limit']}")
     learner, buffer = am.Learner(agent, config), am.ReplayBuffer(agent.spec, 48 * T + 48, rng)
     while len(buffer) < 32:
         for _, trajectory in collector.step() if collector else [(0, am.Trajectory(
@@ -129,21 +128,20 @@ def main():
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if cell := options.cell:
-        am.keep_freed_memory()              # as train does
+        am.keep_freed_memory()                  # as train does
         torch.set_num_threads(cell["threads"] or torch.get_num_threads())
         return print(json.dumps(dict(peak=peak, update=update, act=act)[cell["what"]](cell)))
 
     def run(what, row="", **settings):
         """Print the start of a row, run a cell -> its numbers, or None after printing why not."""
         print(row, end="", flush=True)
-        cell = json.dumps(dict(vars(options), what=what, **settings))
-        done = subprocess.run([sys.executable, __file__, "--cell", cell], capture_output=True)
+        settings = json.dumps(dict(vars(options), what=what, **settings))
+        done = subprocess.run([sys.executable, __file__, "--cell", settings], capture_output=True)
         found = json.loads(done.stdout) if not done.returncode else dict(
             skipped=f"exit {done.returncode}: {done.stderr.decode()[-80:].strip() or 'killed'}")
         return print(found["skipped"]) if "skipped" in found else found
 
-    if not (here := run("peak")):
-        return 1
+    here = run("peak") or sys.exit(1)
     print(f"fp32 matmul peak {here['rate'] / 1e9:.0f} GFLOP/s on {options.device}, {os.cpu_count()}"
           f" cores, {here['threads']} threads, torch {here['torch']}, load {os.getloadavg()[0]:.1f}"
           f"\n\nmade-up rollouts, batch {BATCH}\n  size context updates/s    (best)  tokens/s"
@@ -160,11 +158,10 @@ def main():
                 before = T, seconds
     print(f"\n{ENV}, batch {BATCH}{'':19}median      best      goal  official AMAGO")
     for size in options.sizes:
-        for what, title, key, more in (
-                ("update", "updates/s", size, dict(context=0, rate=here["rate"])),
-                ("act", "env steps/s in 16 environments", "acting", dict(envs=16)),
-                ("act", "env steps/s in 64 environments", "acting", dict(envs=64))):
-            if found := run(what, f"{size:>6}  {title:46}", size=size, **more):
+        for what, title, key, n in (("update", "updates/s", size, 16),
+                                    ("act", "env steps/s in 16 environments", "acting", 16),
+                                    ("act", "env steps/s in 64 environments", "acting", 64)):
+            if found := run(what, f"{size:>6}  {title:46}", size=size, context=0, envs=n, **here):
                 print(f"{1 / found['median']:10,.1f}{1 / found['best']:10,.1f}"
                       f"{GOALS.get(key, '-'):>10}{OFFICIAL.get(key, '-'):>10}")
 
