@@ -8,13 +8,12 @@ whole rollouts, for many discount factors at once, in ONE update with ONE optimi
 
     python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
     python amago_min.py --env popgym:AutoencodeEasy --env-steps 500000 --out runs/autoencode
-    python amago_min.py --env gym:Pendulum-v1 --size small --seed 3
     python amago_min.py --eval runs/autoencode --eval-episodes 200
     python amago_min.py --help                             # every option, with default and meaning
 
 How to read it
     15 minutes      Config, Trajectory (the picture), Agent.loss, train
-    architecture    SigmaLinear -> StableBlock -> Transformer -> TimestepEncoder -> Actor, Critics
+    architecture    SigmaLinear, KVCache, StableBlock, Transformer, TimestepEncoder, Actor, Critics
     data            Trajectory -> Collector -> ReplayBuffer -> Agent.loss
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
 
@@ -67,7 +66,6 @@ import envs as environments
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
 #    its defaults the defaults, its help texts `--help`, and its values `config.json`.
-
 # --size: width D, layers, heads H, feed-forward width, width of the actor's and critics' layers,
 # learning rate. `paper` is the column for POPGym [8] in [1] Table 3.
 SIZES = {
@@ -106,13 +104,13 @@ class Config:
     env: str = option("popgym:RepeatPrevious", "environment, suite:Name; python envs.py lists them")
     size: str = option("nano", "size of the agent", choices=tuple(SIZES))
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one")
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**32)
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's own choice", low=0)
     # when to stop, what to write
     env_steps: int = option(1_000_000, "stop after so many environment steps", low=1)
     target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
                                 " auto = the environment's known maximum less 1 %%")
-    out: str = option("", "folder to write to; default runs/<env>-<seed>")
+    out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
     eval: str = option("", "no training: evaluate the agent saved in this folder")
     eval_every: int = option(1000, "env steps between evaluations; later on, a tenth of the steps"
                              " so far", low=1)
@@ -131,7 +129,7 @@ class Config:
     weight_decay: float = option(1e-3, "AdamW's decoupled weight decay", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", low=0)
     gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
-                           "discount factors learned together; the last one acts", low=0, high=1)
+                           "discount factors learned together; the last acts", low=0, high=.99999)
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
     positions: str = option("both", "how attention knows the time", choices=POSITIONS)
@@ -146,18 +144,16 @@ class Config:
                 raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}"
                                  f"{nearest(value, rule['choices'])}")
             for x in value if isinstance(value, (list, tuple)) else [value]:
-                if not isinstance(x, str) and not rule["low"] <= x <= rule["high"]:
-                    raise UsageError(f"{flag} {x} is out of range; the nearest valid value is"
-                                     f" {rule['high'] if x > rule['high'] else rule['low']}")
+                if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
+                    continue
+                limit = rule["high"] if x > rule["low"] else rule["low"]
+                raise UsageError(f"{flag} {x} is out of range; the nearest limit is {limit}")
         self.lr = self.lr or SIZES[self.size]["lr"]
-        if not self.gammas or max(self.gammas) >= 1:
-            raise UsageError("--gammas needs one or more numbers in [0, 1); the last one acts")
-        if self.target_return not in ("auto", "none"):
-            try:
-                float(self.target_return)
-            except ValueError:
-                raise UsageError(f"--target-return {self.target_return!r} is neither a number nor"
-                                 " none nor auto") from None
+        if not self.gammas:
+            raise UsageError("--gammas needs at least one number; the last one acts")
+        if not re.fullmatch(r"auto|none|-?\d*\.?\d+(e-?\d+)?", self.target_return):
+            raise UsageError(f"--target-return {self.target_return!r} is neither a number nor none"
+                             " nor auto")
 
     def torch_device(self):
         """The device to compute on. Raises UsageError if it is not there."""
@@ -165,7 +161,7 @@ class Config:
         if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=name)
+            torch.empty(0, device=name if re.match("cpu|cuda|mps", name) else "unknown")
             return torch.device(name)
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
@@ -195,8 +191,7 @@ def nearest(word, words):
 #    steps ago"), and a plain pre-norm Transformer gets there by growing its queries and keys until
 #    attention saturates and its gradient dies. Three changes keep every activation bounded:
 #    sigma-reparametrised projections [2], extra layer norms and a scale per head [3], and Leaky
-#    ReLU everywhere. No dropout: nothing here ever sees a sample often enough to memorise it.
-
+#    ReLU everywhere. No dropout: against memorising, fresh rollouts help more (see --replay-ratio).
 class SigmaLinear(nn.Module):
     """Linear layer whose spectral norm is one learned number, whatever its weights do [2].
 
@@ -204,7 +199,7 @@ class SigmaLinear(nn.Module):
 
     u, v are running estimates of W's leading singular vectors: one step of power iteration per
     training forward, none in eval mode. They take no gradient; W gets one through sigma(W) too.
-    Initialised with a truncated normal (std 0.02), u and v from the SVD, b = 0, gamma = 1.
+    Initialised with trunc_normal_(std=0.02), u and v from the SVD, b = 0, gamma = 1.
 
     forward: x (..., d_in) -> (..., d_out).
     """
@@ -222,8 +217,8 @@ class SigmaLinear(nn.Module):
     def scaled_weight(self):
         """W_hat (d_out, d_in): the weight that is really applied.
 
-        Acting takes hundreds of steps with the same weights, so W_hat is kept until any tensor in
-        it has changed: torch counts every in-place change of a tensor in `_version`.
+        Acting takes many steps with the same weights, so W_hat is kept until train() or eval() is
+        called, as around every update, or a tensor in it is replaced or written to in place.
         """
         if self.training or torch.is_grad_enabled():
             return self._scaled_weight()
@@ -231,6 +226,10 @@ class SigmaLinear(nn.Module):
         if self.kept[0] != state:
             self.kept = state, self._scaled_weight()
         return self.kept[1]
+
+    def train(self, mode=True):
+        self.kept = (None, None)     # a fused optimiser's step does not show in `_version`
+        return super().train(mode)
 
     def _scaled_weight(self):
         u, v = self.u, self.v
@@ -296,8 +295,9 @@ class KVCache:
     def end_step(self, ended=None):
         """Count this step's token; environments whose `ended` (N,) is True start over empty."""
         self.length += 1
-        if ended is not None:
+        if ended is not None and ended.any():
             self.length[ended] = 0
+            self.keys[:, torch.from_numpy(np.flatnonzero(ended)).to(self.keys.device)] = math.nan
         self.begin_step()
 
 
@@ -342,7 +342,7 @@ class CausalAttention(nn.Module):
 
 class StableBlock(nn.Module):
     """One Transformer block ([1] Fig. 16): pre-norm, plus a norm after attention (LN2) and one
-    inside the feed-forward (LN4), so that nothing enters the residual stream unnormalised.
+    inside the feed-forward (LN4), so that both branches stay bounded.
 
         x <- x + LN2(attention(LN1(x)))
         x <- x + W2 LN4(leaky_relu(W1 LN3(x)))
@@ -377,7 +377,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024):
         super().__init__()
-        assert width % heads == 0 and width // heads % 2 == 0, "width / heads must be even"
+        assert width % (2 * heads) == 0, f"{width} does not split into {heads} heads of even size"
         self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
         self.blocks = nn.ModuleList([StableBlock(width, heads, ff) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
@@ -393,7 +393,7 @@ class Transformer(nn.Module):
         assert D == self.width and time.shape == (B, T), (x.shape, time.shape)
         rotation = None
         if self.positions == "learnable":
-            x = x + self.table[time.clamp(max=self.horizon)]
+            x = x + self.table[time]
         if self.positions in ("sinusoidal", "both"):
             angle = time.unsqueeze(-1) * self.absolute                   # (B, T, D / 2)
             x = x + torch.cat([angle.sin(), angle.cos()], dim=-1)
@@ -415,7 +415,6 @@ class Transformer(nn.Module):
 #    Everything that happened at a step becomes one vector, one token: observation, previous action,
 #    previous reward, reset flag, clock, and the instruction if there is one. The instruction is
 #    part of every token, not a prompt, so that an agent without memory could read it too.
-
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
@@ -468,24 +467,23 @@ class RunningNorm(nn.Module):
     def __init__(self, dim, beta=1e-4):
         super().__init__()
         self.beta = beta
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("square", torch.ones(dim))
+        # float64: the difference of two squares would lose a small std beside a large mean.
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("square", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, x, mask):
         """x (..., dim), mask (...) of real entries."""
         self.count += 1
-        step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
-        weight = mask.unsqueeze(-1) / mask.sum()
-        x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        axes = tuple(range(x.dim() - 1))
-        self.mean.lerp_((x * weight).sum(axes), step)
-        self.square.lerp_((x * x * weight).sum(axes), step)
+        step = self.beta / (1 - (1 - self.beta) ** self.count)
+        x = torch.where(mask.unsqueeze(-1), x, 0.0).flatten(0, -2).double()
+        self.mean.lerp_(x.sum(0) / mask.sum(), step)
+        self.square.lerp_((x * x).sum(0) / mask.sum(), step)
 
     def forward(self, x):
-        std = (self.square - self.mean ** 2).clamp(min=0).sqrt()
-        return (x - self.mean) / torch.where(std > 1e-3, std, 1.0)
+        std = (self.square - self.mean ** 2).clamp(min=0).sqrt().float()
+        return (x - self.mean.float()) / torch.where(std > 1e-3, std, 1.0)
 
 
 class TimestepEncoder(nn.Module):
@@ -545,7 +543,6 @@ class TimestepEncoder(nn.Module):
 # 4. Actor, critics, PopArt ([1] App. A.2, A.4)
 #    Both heads answer for all G discount factors at once: gamma = .1 is an easy problem that shapes
 #    the Transformer's features within minutes, gamma = .999 is the one that we want solved.
-
 class Actor(nn.Module):
     """G policies on one MLP: s (..., D) -> a torch distribution over actions, batch (..., G).
 
@@ -570,16 +567,15 @@ class Actor(nn.Module):
         mean, raw = out.chunk(2, dim=-1)
         std = (-5 + 3.5 * (raw.tanh() + 1)).exp()
         normal = distributions.Normal(mean, std, validate_args=False)
-        return distributions.TransformedDistribution(
-            distributions.Independent(normal, 1), distributions.TanhTransform(cache_size=1),
-            validate_args=False)
+        return distributions.TransformedDistribution(distributions.Independent(normal, 1),
+                                                     distributions.TanhTransform())
 
     def log_prob(self, pi, action):
         """What each gamma's policy makes of the same action (...) or (..., A) -> (..., G)."""
         if self.discrete:
             return pi.log_prob(action.unsqueeze(-1))
         # Noise pushed some actions to the border, where atanh is infinite.
-        return pi.log_prob(action.clamp(-0.995, 0.995).unsqueeze(-2))
+        return pi.log_prob(action.clamp(-0.995, 0.995).unsqueeze(-2)).clamp(-1e3, 1e3)
 
 
 class Critics(nn.Module):
@@ -606,7 +602,7 @@ class Critics(nn.Module):
             self.biases.append(torch.empty(num_critics, 1, d_out).uniform_(-bound, bound))
 
     def forward(self, s, action=None, members=slice(None)):
-        """members: a list of critics, to evaluate only those; C is then their number."""
+        """members: indices of critics, to evaluate only those; C is then their number."""
         G, batch = self.num_gammas, s.shape[:-1]
         weights = [w[members] for w in self.weights]
         biases = [b[members] for b in self.biases]
@@ -660,7 +656,7 @@ class PopArt(nn.Module):
     def std(self):
         """(G,). At least a tenth of the targets' size: a near-constant must not be blown up."""
         variance = torch.maximum(self.square - self.mean ** 2, 0.01 * self.square)
-        return variance.clamp(1e-8, 1e12).sqrt()
+        return variance.sqrt().clamp(1e-4, 1e6)
 
     @torch.no_grad()
     def update(self, targets, mask):
@@ -671,9 +667,11 @@ class PopArt(nn.Module):
         old_mean, old_std = self.mean.clone(), self.std
         self.mean.lerp_(targets.sum(0) / mask.sum(), step)
         self.square.lerp_((targets ** 2).sum(0) / mask.sum(), step)
-        if self.count > 1:                               # before that, there is nothing to keep
-            self.b.copy_((old_std * self.b + old_mean - self.mean) / self.std)
-            self.w.mul_(old_std / self.std)
+        # As long as std was at its floor no target ever varied: there is nothing to keep, and
+        # shrinking w by the ratio of the two would all but erase the critics.
+        fresh, std = old_std <= 1e-4, self.std
+        self.b.copy_(torch.where(fresh, self.b, (old_std * self.b + old_mean - self.mean) / std))
+        self.w.copy_(torch.where(fresh, self.w, self.w * old_std / std))
 
     def normalize(self, values):
         return (values - self.mean) / self.std
@@ -688,7 +686,6 @@ class PopArt(nn.Module):
 # ==================================================================================================
 # 5. Losses ([1] App. A.2)
 #    Written as plain functions of tensors, so that each can be checked by hand and copied.
-
 def masked_mean(x, mask):
     """Mean of x (B, T, ...) over the real steps, mask (B, T), and all trailing dimensions."""
     mask = mask.view(mask.shape + (1,) * (x.dim() - 2)).expand_as(x)
@@ -747,7 +744,6 @@ def actor_loss(value, log_prob, advantage, mask):
 #      online actor loss       through the actor        yes        NO
 #      filtered cloning        through the actor        yes        NO
 #    Target networks (slow copies) exist for actor and critics only; they read the online s_t+1.
-
 CRITIC_WEIGHT, ONLINE_WEIGHT, OFFLINE_WEIGHT = 10.0, 1.0, 0.1    # [1] Table 4
 
 
@@ -756,7 +752,7 @@ class Agent(nn.Module):
 
         call                  what                                   shape
         trunk(tokens)         what the agent knows at every step     (B, T+1, D)
-        actor(s)              G policies                             (..., G, A) or (..., G, 2A)
+        actor(s)              G policies                             a distribution, batch (..., G)
         critics(s [, a])      C x G values, see Critics              (..., C, G [, A])
         act(tokens, cache)    an action per environment              (N,) or (N, A)
         loss(batch)           the training loss, and what to log     scalar, dict
@@ -780,9 +776,10 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_targets(self, tau):
         """target <- (1 - tau) target + tau online, for the heads only."""
-        targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
-        online = [*self.actor.parameters(), *self.critics.parameters()]
-        torch._foreach_lerp_(targets, online, tau)
+        heads = ((self.target_actor, self.actor), (self.target_critics, self.critics))
+        for target, online in heads:
+            for p, q in zip(target.parameters(), online.parameters()):
+                p.lerp_(q, tau)
 
     @torch.no_grad()
     def fold_popart(self):
@@ -817,7 +814,7 @@ class Agent(nn.Module):
         s = self.trunk(tokens, token_mask)
         assert s.shape == (B, T + 1, self.transformer.width), s.shape
         now = s[:, :-1].contiguous()
-        target = self.td_target(s.detach(), tokens["reward"][:, 1:], batch["done"] & mask)
+        target = self.td_target(s, tokens["reward"][:, 1:], batch["done"] & mask)
         assert target.shape == (B, T, G), target.shape
         self.popart.update(target, mask)
 
@@ -852,7 +849,7 @@ class Agent(nn.Module):
         pi = self.target_actor(after)
         # REDQ [5]: the lower of two critics, drawn anew for every update. The lowest of all would
         # be too pessimistic, their mean too optimistic.
-        pair = torch.randperm(self.critics.num_critics)[:2].tolist()
+        pair = torch.randperm(self.critics.num_critics, device=s.device)[:2]
         if self.spec.discrete:
             q = (self.target_critics(after, members=pair) * pi.probs.unsqueeze(2)).sum(-1)
         else:
@@ -863,8 +860,7 @@ class Agent(nn.Module):
 
 
 def each(function, x):
-    """Apply a function to every array in nested dicts: each(len, {"a": [1], "b": {"c": []}}) ->
-    {"a": 1, "b": {"c": 0}}"""
+    """To every leaf: each(len, {"a": "x", "b": {"c": ""}}) -> {"a": 1, "b": {"c": 0}}"""
     return {k: each(function, v) for k, v in x.items()} if isinstance(x, dict) else function(x)
 
 
@@ -883,7 +879,6 @@ def clean_padding(tokens, mask):
 
 # ==================================================================================================
 # 7. Replay ([1] section 4: whole trajectories, sampled uniformly)
-
 @dataclasses.dataclass
 class Trajectory:
     """One whole rollout of T transitions, hence T + 1 tokens.
@@ -998,7 +993,6 @@ class ReplayBuffer:
 
 # ==================================================================================================
 # 8. Rollouts and exploration ([1] App. A.2, Fig. 13)
-
 class Exploration:
     """The randomised bi-level epsilon schedule.
 
@@ -1123,21 +1117,22 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
 
     -> dict(return_mean, return_std, success, episodes); success is NaN where the environment does
-    not report it. Every environment plays the same number of episodes (those that end early do not
-    count twice), so `episodes` is rounded up to a multiple of the number of environments.
+    not report it. Every environment plays the same number of episodes, rounded up: counting those
+    that end first would favour short ones. Same seed, same result; training's randomness is kept.
     """
     n_envs = min(episodes, max_envs)
-    quota = -(-episodes // n_envs)
-    was_training = agent.training
+    was_training, returns, success = agent.training, [], []
     agent.eval()
-    collector = Collector(env, n_envs, agent, context, seed)
-    played, returns, success = np.zeros(n_envs, int), [], []
-    while played.min() < quota:
-        for i, trajectory in collector.step():
-            if played[i] < quota:
-                returns.append(float(trajectory.reward.sum()))
-                success.append(trajectory.success)
-            played[i] += 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        collector = Collector(env, n_envs, agent, context, seed)
+        left = np.full(n_envs, -(-episodes // n_envs))
+        while left.max() > 0:
+            for i, trajectory in collector.step():
+                if left[i] > 0:
+                    returns.append(float(trajectory.reward.sum()))
+                    success.append(trajectory.success)
+                left[i] -= 1
     agent.train(was_training)
     return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
                 success=float(np.mean(success)), episodes=len(returns))
@@ -1147,7 +1142,6 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
 # 9. Training
 #    Act once in every environment; learn until every step has been replayed `replay_ratio` times on
 #    average; from time to time evaluate. What a run writes goes through Log and save_checkpoint.
-
 class Learner:
     """The agent's one optimiser: AdamW over everything that learns, with warm-up and clipping."""
 
@@ -1166,13 +1160,13 @@ class Learner:
         self.agent.train()
         loss, info = self.agent.loss(batch)
         self.agent.eval()
-        if not torch.isfinite(loss):
-            for x, old in zip(self.agent.buffers(), before):
-                x.copy_(old)
-            raise NonFiniteLoss(describe_batch(batch, loss, self.updates))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
+        norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
+        if not torch.isfinite(loss + norm):
+            for x, old in zip(self.agent.buffers(), before):
+                x.copy_(old)
+            raise NonFiniteLoss(describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
         self.optimizer.step()
@@ -1182,12 +1176,13 @@ class Learner:
         return info
 
 
-def describe_batch(batch, loss, updates):
+def describe_batch(batch, loss, norm, updates):
     """One line on the batch that broke the loss: the ranges of its arrays."""
     arrays = dict(batch["tokens"], **batch["tokens"]["obs"], mask=batch["mask"])
     ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
               for name, x in arrays.items() if name != "obs")
-    return f"the loss is {loss.item()} at update {updates}; the batch: " + ", ".join(ranges)
+    return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
+            " batch: " + ", ".join(ranges))
 
 
 @contextlib.contextmanager
@@ -1223,7 +1218,7 @@ def train(config):
     rng = np.random.default_rng(config.seed)
     try:
         env = environments.make_env(config.env)
-    except (ValueError, ModuleNotFoundError) as problem:      # unknown name, missing package
+    except ValueError as problem:                             # an unknown name or option
         raise UsageError(problem) from problem
     spec, goal = Spec.of(env), stopping_return(config, env)
 
@@ -1279,14 +1274,13 @@ def train(config):
 
 def stopping_return(config, env):
     """The mean return at which training stops; inf if it goes on until --env-steps."""
-    if config.target_return == "auto":
-        return math.inf if env.max_return is None else env.max_return - 0.01 * abs(env.max_return)
-    return math.inf if config.target_return == "none" else float(config.target_return)
+    if config.target_return == "auto" and env.max_return is not None:
+        return env.max_return - 0.01 * abs(env.max_return)
+    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
 
 
 # ==================================================================================================
 # 10. What a run leaves behind: log.csv, curve.png, eval.json, config.json, checkpoint.pt
-
 # Column of log.csv -> (title, width, format in the console's table, meaning).
 COLUMNS = {
     "env_steps": ("env steps", 11, ",.0f", "environment steps so far"),
@@ -1323,12 +1317,11 @@ class Log:
         self.json("config.json", dict(dataclasses.asdict(config), versions=versions,
                                       commit=git.stdout.strip(), command=" ".join(sys.argv)))
         self.csv(COLUMNS)
-        known = ", ".join(f"{name} {value:g}" for name, value in env.references.items())
-        parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+        known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
+        size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         until = f"return {goal:g} or " if goal < math.inf else ""
         tqdm.write(f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
-                   f"{config.size} agent with {parameters:,} parameters on"
-                   f" {next(agent.parameters()).device}; trains until"
+                   f"{config.size} agent, {size:,} parameters on {agent.gammas.device}; until"
                    f" {until}{config.env_steps:,} env steps\n\n"
                    + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS.values()))
 
@@ -1386,17 +1379,18 @@ class Log:
 
 
 def output_folder(config):
-    """--out, or the first of runs/<env>-<seed>, runs/<env>-<seed>-2, ... that is free.
+    """--out, or the first free one of runs/<env>-<seed>, runs/<env>-<seed>-2, ...
 
-    A folder that holds a run is never written to: UsageError.
+    Raises UsageError if --out holds a run already: nobody's run is ever overwritten.
     """
-    if config.out:
-        if (Path(config.out) / "log.csv").exists():
-            raise UsageError(f"--out {config.out} already holds a run; choose another folder")
-        return Path(config.out)
+    out = Path(config.out)
+    if config.out and (out / "log.csv").exists():
+        raise UsageError(f"--out {out} already holds a run; choose another folder")
+    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
+        raise UsageError(f"--out {out} cannot be a folder: there is a file in its place")
     stem = f"runs/{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
     names = (Path(stem if i == 1 else f"{stem}-{i}") for i in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    return out if config.out else next(name for name in names if not name.exists())
 
 
 def plot_curve(rows, env, path):
@@ -1418,7 +1412,6 @@ def plot_curve(rows, env, path):
 
 # ==================================================================================================
 # 11. Checkpoint
-
 def save_checkpoint(path, config, agent, learner, env_steps):
     """Write everything that was learned, atomically: a crash leaves the previous file intact."""
     state = dict(version=1, config=dataclasses.asdict(config), spec=dataclasses.asdict(agent.spec),
@@ -1447,7 +1440,6 @@ def load_checkpoint(folder, device="cpu"):
 
 # ==================================================================================================
 # 12. Command line
-
 class Parser(argparse.ArgumentParser):
     """argparse that complains in one line, with the nearest valid flag."""
 
@@ -1490,7 +1482,7 @@ def main(argv=None):
                   *(f"{name} {value:.6g}" for name, value in score.items()))
         else:
             train(config)
-    except UsageError as problem:
+    except (UsageError, ModuleNotFoundError) as problem:
         print(f"amago_min.py: {problem}", file=sys.stderr)
         return 2
     except (NonFiniteLoss, BrokenEnvironment) as problem:

@@ -156,7 +156,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "self.first = (self.first + 1) % len(self.starts)", "self.first = self.first",
      DATA + "the_oldest_make_room"),
     ("rollouts overlap by a token", AMAGO,
-     "start + self.lengths[self.first] + 1 <= low", "start + self.lengths[self.first] <= low",
+     "if start >= high or", "if start >= high - 1 or",
      DATA + "the_oldest_make_room"),
     ("draws rollouts that are gone", AMAGO,
      "pick = (self.first + self.rng.integers(self.count, size=batch))",

@@ -82,7 +82,7 @@ def test_a_short_run_leaves_its_files(env, tmp_path, capsys):
     config, agent, state = am.load_checkpoint(out)
     assert config.env == env and state["updates"] == last["updates"]
     again = am.evaluate(agent, env, 4, config.context, seed=5)["return_mean"]
-    assert f"{again:.6g}" in capsys.readouterr().out
+    assert f" {again:.6g} " in capsys.readouterr().out
 
 
 def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
@@ -202,15 +202,17 @@ BAD = [  # arguments; what the message has to contain: the wrong word and the ne
     ("--lr nan", "--lr nan", "0"),
     ("--lr x", "--lr", "'x'"),
     ("--weight-decay inf", "--weight-decay", "inf"),
+    ("--replay-ratio inf", "--replay-ratio", "inf"),
     ("--critics 1", "--critics 1", "2"),
     ("--tau 1.5", "--tau 1.5", "1"),
-    ("--gammas 0.5 1.5", "--gammas 1.5", "1"),
-    ("--gammas 1", "--gammas", "[0, 1)"),
+    ("--gammas 0.5 1.5", "--gammas 1.5", ".99999"),
+    ("--gammas 1", "--gammas 1", ".99999"),
     ("--gammas", "--gammas", "at least one"),
     ("--env-steps inf", "--env-steps", "inf"),
     ("--env-steps 0", "--env-steps 0", "1"),
     ("--seed -1", "--seed -1", "0"),
     ("--seed 1e30", "--seed", "1"),
+    ("--seed 99999999999999999999", "--seed 9999", ""),
     ("--target-return high", "'high'", "auto"),
     ("--target-return nan", "nan", "auto"),
     ("--buffer-steps 100 --env gym:CartPole-v1", "--buffer-steps 100", "501"),

@@ -138,16 +138,16 @@ def test_a_trajectory_comes_back_exactly(spec):
 
 
 def test_tokens_hold_the_previous_action_and_reward():
-    """Catches the worst silent bug: token t that holds reward t, which it should predict. The
-    buffer has been written over many times, so that the first tokens have to be made 0."""
-    buffer, trajectories = buffer_of(SPECS["discrete"], [9, 3, 4] * 20, capacity=41)
-    tokens = buffer.sample(20, context=9)["tokens"]
-    by_length = {len(t): t for t in trajectories}
-    for reward, action, time in zip(tokens["reward"], tokens["action"], tokens["time"]):
-        length = int(time[-1])                            # padding repeats the last time
-        trajectory = by_length[length]
-        np.testing.assert_array_equal(reward[:length + 1], [0, *trajectory.reward])
-        np.testing.assert_array_equal(action[:length + 1], [0, *trajectory.action])
+    """Catches the worst silent bug: token t that holds reward t, which it should predict; and a
+    first token with the reward of an older rollout, of which the ring arrays are full."""
+    spec = SPECS["discrete"]
+    buffer, trajectory = buffer_of(spec, [])[0], rollout(spec, 9, np.random.default_rng(0))
+    for name in ("action", "reward", "done"):
+        buffer.tokens[name][:] = 1
+    buffer.add(trajectory)
+    tokens = buffer.sample(1, context=9)["tokens"]
+    np.testing.assert_array_equal(tokens["reward"][0], [0, *trajectory.reward])
+    np.testing.assert_array_equal(tokens["action"][0], [0, *trajectory.action])
 
 
 def test_slices_of_long_rollouts_keep_their_place():

@@ -17,11 +17,8 @@ from probes import (Choice, Choice1d, Constant, Delayed, Match, Memory, Meta, Ob
 
 @pytest.mark.parametrize("kind", [Choice, Choice1d], ids=["discrete", "continuous"])
 def test_critics_fit_one_batch(monkeypatch, kind):
-    """Catches a gradient that does not reach the critics, the Transformer or the encoder.
-
-    Observations and rewards are noise, and every step is a last one: only a network that tells
-    all steps apart can fit the targets, and all of it has to learn for that.
-    """
+    """Catches critics that hardly learn, or at another step. Observations and rewards are noise,
+    and every step is a last one: only values that belong to their own step fit the targets."""
     env = use(monkeypatch, kind, horizon=8)
     run = Run(env, weight_decay=0.).act(8)
     batch = run.sample(4)
@@ -95,7 +92,7 @@ def play(run, steps):
 
 @pytest.mark.parametrize("context, solves", [(1, False), (4, True)])
 def test_memory(monkeypatch, context, solves):
-    """Catches attention that does not reach back, and one that reaches beyond the context."""
+    """Catches attention that does not reach back. Context 1 is the control: nothing else helps."""
     run = Run(use(monkeypatch, Memory), context=context).act(60)
     for _ in range(25):
         run.act(4).learn(6)
@@ -138,6 +135,18 @@ def test_acting_uses_the_newest_weights(monkeypatch):
         twin.load_state_dict(run.agent.state_dict())
         with torch.no_grad():
             assert torch.equal(run.agent.trunk(tokens), twin.trunk(tokens))
+
+
+def test_acting_uses_weights_that_were_learned_in_eval_mode():
+    """Catches a copy that is only renewed because training also moves u and v: torch does not
+    count a fused AdamW step in the weights' `_version`."""
+    layer, x = am.SigmaLinear(4, 4).eval(), torch.randn(3, 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        layer(x)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer(x), torch.no_grad()(layer)(x))
 
 
 # ---- random numbers (T19) ----

@@ -91,7 +91,7 @@ def main():
     if options.main_job:
         names, seeds = ["popgym:RepeatPreviousEasy"], options.seeds or [0, 1, 2]
     folders = sorted(path.parent for path in options.table.glob("*/config.json")) if options.table \
-        else [options.out / f"{name.split(':')[1]}-{seed}" for name in names for seed in seeds]
+        else [options.out / f"{name.partition(':')[2]}-{seed}" for name in names for seed in seeds]
     jobs = [(name, seed) for name in names for seed in seeds]
 
     print_row(HEADER)
