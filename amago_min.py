@@ -217,10 +217,11 @@ class SigmaLinear(nn.Module):
     def scaled_weight(self):
         """W_hat (d_out, d_in): the weight that is really applied.
 
-        Acting takes many steps with the same weights, so W_hat is kept until train() or eval() is
-        called, as around every update, or a tensor in it is replaced or written to in place.
+        Acting takes many steps with the same weights, so W_hat is kept, until a forward that may
+        be learned from, train(), eval(), or a visible change of one of its tensors.
         """
         if self.training or torch.is_grad_enabled():
+            self.kept = (None, None)
             return self._scaled_weight()
         state = [(x.data_ptr(), x._version) for x in (self.weight, self.gamma, self.u, self.v)]
         if self.kept[0] != state:
