@@ -353,7 +353,7 @@ def test_playing_from_observations_alone_reaches_the_maximum(family, level):
         assert total == pytest.approx(1.0, abs=1e-9)
         assert length == env.horizon
     assert env.references["best"] == 1.0
-    assert env.max_return == (None if family == "CountRecall" else 1.0)
+    assert env.max_return == 1.0
 
 
 @pytest.mark.parametrize("difficulty, k", [*zip(DIFFICULTIES, (4, 32, 64))])
