@@ -1057,7 +1057,7 @@ class Collector:
             shape = store.shape[2:]
             if x.shape != shape:
                 raise self.broken(i, t, f"observation {part!r} has shape {x.shape}, not {shape}")
-            if not math.isfinite(x.sum()):
+            if not np.isfinite(x).all():
                 raise self.broken(i, t, f"observation {part!r} holds NaN or inf: {x}")
             store[i, t] = x
 
@@ -1260,11 +1260,11 @@ def train(config):
                 first_update = first_update or collector.env_steps
                 owed = config.replay_ratio * (collector.env_steps - first_update)
                 with log.timer("learning"):
-                    while buffer.replayed < owed:
+                    while buffer.replayed < owed and not interrupted.is_set():
                         batch = buffer.sample(config.batch, config.context, device)
                         log.infos.append(learner.update(batch))
         if interrupted.is_set():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("everything is saved")
     finally:
         progress.close()
         save_checkpoint(log.folder / "checkpoint.pt", config, agent, learner,
@@ -1489,8 +1489,8 @@ def main(argv=None):
     except (NonFiniteLoss, BrokenEnvironment) as problem:
         print(f"amago_min.py stopped: {problem}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("amago_min.py: interrupted; everything is saved", file=sys.stderr)
+    except KeyboardInterrupt as saved:
+        print("amago_min.py: interrupted", *saved.args, sep="; ", file=sys.stderr)
         return 130
     return 0
 

@@ -203,7 +203,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "for i in (1, 2))", "for i in (1, 1))",
      CLI + "training_never_sees_the_rollouts_of_evaluation"),
     ("replay ratio counts updates", AMAGO,
-     "while buffer.replayed < owed:", "while learner.updates < owed:",
+     "while buffer.replayed < owed and", "while learner.updates < owed and",
      CLI + "every_step_is_replayed_as_often_as_asked"),
     ("no episode of a meta rollout is marked", "envs.py",
      'info["reset"] = True', "pass", ENVS + "meta_repeats_one_task"),
@@ -212,7 +212,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "observation, _ = self.inner.reset()", ENVS + "meta_repeats_one_task"),
     # running
     ("NaN reaches the buffer", AMAGO,
-     "if not math.isfinite(x.sum()):", "if False:", CLI + "a_broken_environment_is_named"),
+     "if not np.isfinite(x).all():", "if False:", CLI + "a_broken_environment_is_named"),
     ("a wrong shape is stretched", AMAGO,
      "if x.shape != shape:", "if False:", CLI + "a_broken_environment_is_named"),
     ("training goes on after NaN", AMAGO,

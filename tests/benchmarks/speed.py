@@ -1,14 +1,19 @@
 """How fast amago_min is here, beside what this machine can do. By hand, on a quiet machine:
 
-    python tests/benchmarks/speed.py    # @@speed_minutes@@; --quick for contexts 64 and 256 only
+    python tests/benchmarks/speed.py --quick                             # contexts 64 and 256 only
+    python tests/benchmarks/speed.py
     python tests/benchmarks/speed.py --device cuda --sizes paper         # never run: no GPU here
 
-What was tried: updates/s, before -> after, size paper, RepeatPreviousEasy, batch 24, @@hardware@@
-    in-place activations, and heads on flat (B T, D)       @@before1@@ -> @@after1@@     kept
-    critic ensemble: an expanded view and bmm              @@before2@@ -> @@after2@@     kept
-    W_hat kept while acting (env steps/s, nano, 16 envs)   @@before3@@ -> @@after3@@     kept
-    malloc thresholds, so that large blocks are reused     7-8 % less CPU time           kept
-    @@more@@
+What was tried: CPU milliseconds per update, nano, batch 24, one thread, two trainings beside it
+on an AMD EPYC, before -> after. RP = RepeatPreviousEasy, PE = PositionOnlyPendulumEasy.
+    freed memory kept by malloc                        RP 60 -> 55, PE 882 -> 510            kept
+    two critics per target, drawn once per update      RP 58 -> 54, PE 1083 -> 882           kept
+      (PE: and the state's share of the first layer once, not once per gamma)
+    no in-place activation on a view (CopySlices)      PE 510 -> 460..500                    kept
+    critic ensemble: bmm on an expanded view against one wide first layer, or a loop over critics:
+      forward 6.2 / 6.0 / 8.5 ms, backward 15.4 / 15.8 / 18.4 ms                  view kept
+    W_hat kept while acting, env steps/s, 16 envs      RP 8 400 -> 9 600                     kept
+    baddbmm against bmm + bias: forward 6.2 / 7.0 ms, backward 15.4 / 13.3 ms     no difference
 """
 
 import argparse
