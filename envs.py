@@ -17,6 +17,7 @@ What an agent may rely on, whatever the name:
     env.horizon     largest number of steps in one rollout
     env.references  {"random", "best", "paper"}: mean returns that are known, any of them may lack
     env.max_return  the return that a trained agent can reach (almost) surely, or None
+    env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
 Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 the list.
 """
@@ -257,7 +258,12 @@ class Adapter(gymnasium.Env):
         self.first_seed = None
         super().reset(seed=seed)
         self._steps_left = self._limit
-        observation, info = self.reset_inner(seed, options)
+        options = dict(options or {})
+        # Every episode has a seed of its own, so that any one of them can be played again.
+        self.episode = options.pop("episode", seed)
+        if self.episode is None:
+            self.episode = int(self.np_random.integers(2**31))
+        observation, info = self.reset_inner(self.episode, options or None)
         return self._encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
@@ -382,12 +388,11 @@ def popgym_names():
 class Labyrinth(Adapter):
     """popgym's mazes are drawn from, and seed, the process-wide generators. Not here:
 
-    every reset seeds them from this env's own np_random, and puts them back as they were.
-    Steps draw nothing.
+    every reset seeds them with the episode's seed, and puts them back as they were. Steps draw
+    nothing.
     """
 
     def reset_inner(self, seed, options):
-        seed = int(self.np_random.integers(2**31)) if seed is None else seed
         outside = random.getstate(), np.random.get_state()
         try:
             return self.inner.reset(seed=seed, options=options)
@@ -490,19 +495,22 @@ class Meta(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self._task_seed = int(self.np_random.integers(2**31))
-        self._episode, self._return = 1, 0.0
-        return self.inner.reset(seed=self._task_seed, options=options)
+        options = dict(options or {})
+        self.episode = options.pop("episode", None)          # the task's seed
+        if self.episode is None:
+            self.episode = int(self.np_random.integers(2**31))
+        self._number, self._return = 1, 0.0
+        return self.inner.reset(seed=self.episode, options=options or None)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.inner.step(action)
         self._return += reward
         if terminated or truncated:
             info["episode_return"] = self._return
-            if self._episode < self.episodes:
-                self._episode, self._return = self._episode + 1, 0.0
+            if self._number < self.episodes:
+                self._number, self._return = self._number + 1, 0.0
                 # the first observation takes the place of the terminal one, which leads nowhere
-                observation, _ = self.inner.reset(seed=self._task_seed)
+                observation, _ = self.inner.reset(seed=self.episode)
                 terminated = truncated = False
                 info["reset"] = True
         return observation, reward, terminated, truncated, info

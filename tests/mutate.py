@@ -208,7 +208,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
     ("no episode of a meta rollout is marked", "envs.py",
      'info["reset"] = True', "pass", ENVS + "meta_repeats_one_task"),
     ("meta episodes are different tasks", "envs.py",
-     "observation, _ = self.inner.reset(seed=self._task_seed)",
+     "observation, _ = self.inner.reset(seed=self.episode)",
      "observation, _ = self.inner.reset()", ENVS + "meta_repeats_one_task"),
     # running
     ("NaN reaches the buffer", AMAGO,

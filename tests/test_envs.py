@@ -583,3 +583,25 @@ def test_table_and_card(capsys):
     assert "popgym:RepeatPreviousEasy" in capsys.readouterr().out
     assert envs.main(["popgym:RepatPrevious"]) == 2
     assert "nearest: popgym:RepeatPrevious" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["popgym:RepeatPreviousEasy", "popgym:PositionOnlyCartPoleEasy",
+                                  "gym:CartPole-v1", "meta:gym:CartPole-v1?episodes=2"])
+def test_an_episode_can_be_begun_again(name):
+    """What resume needs: env.episode and np_random's state, then everything goes on as it was."""
+    first, second = make_env(name, seed=3), make_env(name, seed=99)
+    first.reset()
+    first.reset()
+    state = first.np_random.bit_generator.state
+    second.reset(options={"episode": json.loads(json.dumps(first.episode))})
+    second.np_random.bit_generator.state = state
+    for env in (first, second):
+        env.action_space.seed(0)
+    for _ in range(300):
+        results = []
+        for env in (first, second):
+            observation, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            if terminated or truncated:
+                observation, _ = env.reset()
+            results.append((observation.tolist(), reward, terminated, truncated))
+        assert results[0] == results[1]
