@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import pickle
 import random
 import warnings
