@@ -1121,11 +1121,11 @@ class Collector:
     def restore(self, state):
         each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
              state["tokens"])
-        self.time, self.env_steps = np.array(state["time"]), state["env_steps"]
-        self.exploration.multiplier = np.array(state["multiplier"])
+        self.time, self.env_steps = state["time"].numpy().copy(), state["env_steps"]
+        self.exploration.multiplier = state["multiplier"].numpy().copy()
         self.cache.keys.copy_(state["keys"])
         self.cache.values.copy_(state["values"])
-        self.cache.length = np.array(state["length"])
+        self.cache.length = state["length"].numpy().copy()
         self.cache.begin_step()
         saved = json.loads(state["envs"])
         self.episode = [episode for episode, _ in saved]
