@@ -1050,6 +1050,7 @@ class Collector:
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
         self.env_steps = 0                               # on all processes of the run
+        self.acting = False                              # between `act` and the end of `receive`
         for i, first in enumerate(self.envs.call("begin_all")):
             self._begin(i, *first)
 
@@ -1065,6 +1066,7 @@ class Collector:
         action = self.agent.act(self.newest(), self.cache).cpu().numpy()
         if self.exploration:
             action = self.exploration(action, self.time, self.env_steps)
+        self.acting = True
         self.time += 1
         self.tokens["action"][self.rows, self.time] = action
         self.envs.send("step", self.spec.to_env(action))
@@ -1086,6 +1088,7 @@ class Collector:
         self.cache.end_step(ended)
         if self.exploration:
             self.exploration.reset(ended)
+        self.acting = False
         return finished
 
     def step(self):
@@ -1112,16 +1115,22 @@ class Collector:
                           success=float(info.get("success", math.nan)), episode=self.episode[i])
 
     def state(self):
-        """For a checkpoint. An environment is kept as its episode and the actions since."""
+        """For a checkpoint. An environment is kept as its episode and the actions since; if one
+        broke in the middle of a step, a resumed run begins new rollouts in all of them."""
+        if self.acting:
+            return dict(env_steps=self.env_steps)
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
                     env_steps=self.env_steps, multiplier=self.exploration.multiplier,
                     keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
                     envs=json.dumps(self.envs.call("state")))
 
     def restore(self, state):
+        self.env_steps = state["env_steps"]
+        if "time" not in state:
+            return
         each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
              state["tokens"])
-        self.time, self.env_steps = state["time"].numpy().copy(), state["env_steps"]
+        self.time = state["time"].numpy().copy()
         self.exploration.multiplier = state["multiplier"].numpy().copy()
         self.cache.keys.copy_(state["keys"])
         self.cache.values.copy_(state["values"])
@@ -1295,10 +1304,7 @@ def train(config, saved=None):
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)                            # every process begins with one agent
-    try:
-        env = environments.make_env(config.env)
-    except ValueError as problem:                             # an unknown name or option
-        raise UsageError(problem) from problem
+    env = environments.make_env(config.env)
     spec, goal = Spec.of(env), stopping_return(config, env)
     agent = Agent(spec, config).to(device).eval()
     torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
@@ -1317,10 +1323,11 @@ def train(config, saved=None):
     run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
     if saved:
         restore_run(run, saved)
-    with catch_signals() as caught, log.files(lambda: save_run(log.folder, run, final=True)):
+    with catch_signals() as caught, log.files(lambda end: save_run(log.folder, run, True, end)):
         while not sum_over_ranks(caught.is_set()):
             # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
-            steps, over = collector.env_steps, collector.env_steps >= config.env_steps
+            steps, done = collector.env_steps, [row["return_mean"] for row in log.rows[-1:]]
+            over = steps >= config.env_steps or max(done, default=-math.inf) >= goal
             if over or steps >= log.next_eval:
                 score = evaluate(learner.average, config.env, config.episodes, config.context,
                                  eval_seed)                   # the same in every process
@@ -1346,7 +1353,7 @@ def train(config, saved=None):
                     buffer.add(trajectory)
                     log.returns.append(float(trajectory.reward.sum()))
             log.progress(collector.env_steps)
-        raise KeyboardInterrupt("everything is saved; --resume continues")
+    raise KeyboardInterrupt("everything is saved; --resume continues")
 
 
 def stopping_return(config, env):
@@ -1359,12 +1366,16 @@ def stopping_return(config, env):
 # ==================================================================================================
 # 10. Checkpoint
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
-def save_run(folder, run, final=False):
+def save_run(folder, run, final=False, end=None):
     """Write everything that it takes to continue `run` exactly: a dict of its parts, see `train`.
 
     Every process hands its own part to the first, which writes. A full disk is reported, and costs
-    no more than this checkpoint; at the end of a run it is an OSError.
+    no more than this checkpoint; at the end of a run it is an OSError. end: the exception that
+    ended the run. Nothing is saved if it came in the middle of something or in one process only.
     """
+    alone = world_size() > 1 and not isinstance(end, NonFiniteLoss)
+    if isinstance(end, KeyboardInterrupt) or end and alone:
+        return
     learner, generator = run["learner"], json.dumps(run["rng"].bit_generator.state)
     own = dict(buffer=run["buffer"].state(), collector=run["collector"].state(),
                rng=generator, torch_rng=torch.get_rng_state())
@@ -1422,14 +1433,14 @@ def load_checkpoint(folder, device="cpu"):
     """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
 
     Raises UsageError for a folder without a checkpoint, and for a file that is damaged, foreign or
-    of another version.
+    of another version or for other spaces.
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
     try:
         with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
-            broken = archive.testzip()
+            broken = archive.testzip() or any(x.external_attr for x in archive.infolist())
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:                             # any byte of it may be wrong
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
@@ -1438,7 +1449,9 @@ def load_checkpoint(folder, device="cpu"):
         raise UsageError(f"{path} is damaged" if broken else
                          f"{path} has version {version}, this program reads {VERSION}")
     config, spec = Config(**state["config"]), Spec(**state["spec"])
-    agent = Agent(spec, config).to(device).eval()
+    if Spec.of(environments.make_env(config.env)) != spec:
+        raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
+    agent = Agent(spec, dataclasses.replace(config, device=str(device))).to(device).eval()
     agent.load_state_dict(state["learner"]["average"])
     return config, agent, state
 
@@ -1448,7 +1461,7 @@ def resumed_config(given, folder):
 
     Raises UsageError for an option that may not change.
     """
-    config, agent, state = load_checkpoint(folder)
+    config, _, state = load_checkpoint(folder)
     free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
     for name, value in given.items():
         if name not in (*free, "resume") and value != getattr(config, name):
@@ -1456,8 +1469,6 @@ def resumed_config(given, folder):
             raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
                              f" {getattr(config, name)!r}); these may: {flags}")
     config = dataclasses.replace(config, **given)
-    if Spec.of(environments.make_env(config.env)) != agent.spec:
-        raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
     if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
         raise UsageError(f"{folder} was trained by {len(state['processes'])} processes; resume it"
                          " with as many")
@@ -1538,8 +1549,13 @@ def main(argv=None):
     except (UsageError, ModuleNotFoundError) as problem:
         print(f"amago_min.py: {problem}", file=sys.stderr)
         return 2
-    except (NonFiniteLoss, BrokenEnvironment, OSError, dist.DistError) as problem:
+    except (NonFiniteLoss, BrokenEnvironment, OSError) as problem:
         print(f"amago_min.py stopped: {problem}", file=sys.stderr)
+        return 1
+    except RuntimeError as problem:                           # how torch says that one is gone
+        if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
+            raise
+        print("amago_min.py stopped: another process of this job ended", file=sys.stderr)
         return 1
     except KeyboardInterrupt as saved:
         print("amago_min.py: interrupted", *saved.args, sep="; ", file=sys.stderr)
