@@ -99,6 +99,7 @@ class Config:
     resume: str = option("", "continue the run in this folder from its last checkpoint")
     eval: str = option("", "no training: evaluate the agent saved in this folder")
     render: str = option("", "with --eval: draw one episode into this .gif or .png")
+    instruction: str = option("", "with --eval: what to ask for, such as 'eat cow, collect wood'")
     # on which machine
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one",
                          free=True)
@@ -125,7 +126,12 @@ class Config:
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
     explore_steps: int = option(200_000, "env steps over which exploration noise fades", low=1)
-    context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
+    context: int = option(1024, "longest rollout to learn from; of longer ones, a slice", low=1)
+    relabel: str = option("auto", "hindsight goals: none, a random number (some) or all of those"
+                          " that can be; auto = some, where there are instructions",
+                          choices=("auto", "none", "some", "all"))
+    importance: bool = option(True, "prefer hindsight goals that are rarely reached")
+    hide_plan: bool = option(False, "show the agent only the current goal of its instruction")
     # learning
     batch: int = option(24, "rollouts per update", low=1)
     lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1)
@@ -136,6 +142,7 @@ class Config:
                            "discount factors learned together; the last acts", low=0, high=.99999)
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
+    memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
     positions: str = option("both", "how attention knows the time", choices=POSITIONS)
     bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
                                        " the agent sees the clock ([1], finite horizon)")
@@ -329,15 +336,16 @@ class CausalAttention(nn.Module):
         self.out = SigmaLinear(width, width)
         self.head_scale = nn.Parameter(torch.ones(heads, 1, 1))
 
-    def forward(self, x, rotation=None, cache=None, layer=0):
-        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache."""
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
+        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
+        window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
             k, v, valid = cache.append(layer, k[:, :, 0], v[:, :, 0])    # (B, H, L, d)
             score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
@@ -363,9 +371,9 @@ class StableBlock(nn.Module):
         self.attention = CausalAttention(width, heads)
         self.ff1, self.ff2 = SigmaLinear(width, ff), SigmaLinear(ff, width)
 
-    def forward(self, x, rotation=None, cache=None, layer=0):
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
         """x (B, T, D) -> (B, T, D)"""
-        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer))
+        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer, window))
         h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
         return x + self.ff2(self.norm4(h))
 
@@ -383,8 +391,9 @@ class Transformer(nn.Module):
     slice of training did (with one layer they agree exactly again).
     """
 
-    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024):
+    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024, memory=0):
         super().__init__()
+        self.memory = memory
         assert width % (2 * heads) == 0, f"{width} does not split into {heads} heads of even size"
         self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
         self.blocks = nn.ModuleList([StableBlock(width, heads, ff) for _ in range(layers)])
@@ -408,14 +417,17 @@ class Transformer(nn.Module):
         if self.positions in ("rotary", "both"):
             angle = (time.unsqueeze(-1) * self.relative).unsqueeze(1)    # (B, 1, T, d / 2)
             rotation = angle.cos(), angle.sin()
+        window = None
+        if 0 < self.memory < T:
+            window = x.new_ones(T, T, dtype=torch.bool).tril().triu(1 - self.memory)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, cache, layer)
+            x = block(x, rotation, cache, layer, window)
         return self.norm(x)
 
     def new_cache(self, n_envs, context):
         """An empty KVCache that fits this network, on its device."""
-        return KVCache(len(self.blocks), n_envs, self.heads, context, self.width // self.heads,
-                       self.relative.device)
+        return KVCache(len(self.blocks), n_envs, self.heads, min(context, self.memory or context),
+                       self.width // self.heads, self.relative.device)
 
 
 # ==================================================================================================
@@ -460,13 +472,14 @@ class TimestepEncoder(nn.Module):
 
     The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
     normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
-    A picture goes through a small CNN, an instruction through an embedding per word and a linear
-    layer that sees all words in order.
+    A picture goes through a small CNN; the ids of a map of textures, and an instruction, through an
+    embedding per word and a linear layer that sees all words in order. hide_plan: the goals after
+    the active one are hidden.
     """
 
-    def __init__(self, spec, width, hidden):
+    def __init__(self, spec, width, hidden, hide_plan=False):
         super().__init__()
-        self.spec = spec
+        self.spec, self.hide_plan = spec, hide_plan
         d_in = 3 + spec.actions + spec.vector
         self.norm = RunningNorm(d_in)
         if spec.image:
@@ -477,12 +490,13 @@ class TimestepEncoder(nn.Module):
             self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * pixels, hidden),
                                        nn.LayerNorm(hidden))
             d_in += hidden
-        if spec.instruction:
-            slots, words, vocabulary = spec.instruction
-            self.instruction = nn.Sequential(nn.Embedding(vocabulary, 16), nn.Flatten(2),
-                                             nn.Linear(slots * words * 16, hidden),
-                                             nn.LayerNorm(hidden))
-            d_in += hidden
+        for name, words in (("texture", spec.texture), ("instruction", spec.instruction)):
+            if words:
+                *shape, vocabulary = words
+                setattr(self, name, nn.Sequential(
+                    nn.Embedding(vocabulary, 16), nn.Flatten(2),
+                    nn.Linear(math.prod(shape) * 16, hidden), nn.LayerNorm(hidden)))
+                d_in += hidden
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.LeakyReLU(inplace=True),
                                  nn.Linear(hidden, width), nn.LayerNorm(width))
 
@@ -503,8 +517,13 @@ class TimestepEncoder(nn.Module):
         if spec.image:
             image = tokens["obs"]["image"].flatten(0, 1).permute(0, 3, 1, 2)   # (BT, C, H, W)
             parts.append(self.image(image / 128 - 1).unflatten(0, time.shape))
+        if spec.texture:
+            parts.append(self.texture(tokens["obs"]["texture"].int()))
         if spec.instruction:
-            parts.append(self.instruction(tokens["obs"]["instruction"]))
+            words = tokens["obs"]["instruction"]                         # (B, T, K, 1 + W)
+            if self.hide_plan:
+                words = words * (words[..., :1] != environments.WAITING)
+            parts.append(self.instruction(words))
         return self.mlp(torch.cat(parts, dim=-1))
 
 
@@ -736,9 +755,9 @@ class Agent(nn.Module):
         width, hidden = dims["width"], dims["hidden"]
         self.spec, self.autocast = spec, config.autocast()
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
-        self.encoder = TimestepEncoder(spec, width, hidden)
+        self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
-                                       config.positions, spec.horizon)
+                                       config.positions, spec.horizon, config.memory)
         self.actor = Actor(width, spec.actions, G, hidden, spec.discrete)
         self.critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
@@ -882,26 +901,43 @@ class Trajectory:
     reward: np.ndarray      # (T,) float32
     done: np.ndarray        # (T,) bool
     reset: np.ndarray       # (T + 1,) bool
+    achieved: np.ndarray = None  # (T, M, W) int32: goals that each step reached; zeros = none
     success: float = math.nan
     episode: object = None  # begins this episode of the environment again, see envs.py
+
+    def __len__(self):
+        return len(self.reward)
+
+    def tokens(self):
+        """The same as arrays of T + 1 tokens, see token_arrays."""
+        led_to = dict(action=self.action, reward=self.reward, done=self.done)
+        if self.achieved is not None:
+            led_to["achieved"] = self.achieved
+        first = {name: np.concatenate([np.zeros_like(x[:1], shape=(1,) + x.shape[1:]), x])
+                 for name, x in led_to.items()}
+        return dict(first, obs=self.obs, reset=self.reset)
+
+    @staticmethod
+    def of_tokens(tokens, **more):
+        led_to = {name: x[1:] for name, x in tokens.items() if name not in ("obs", "reset")}
+        return Trajectory(tokens["obs"], reset=tokens["reset"], **led_to, **more)
 
     def inner_returns(self):
         """Return of every inner episode, in order: one unless the rollout is of several."""
         return [float(part.sum()) for part in np.split(self.reward, 1 + np.flatnonzero(
             self.reset[1:-1]))]
 
-    def __len__(self):
-        return len(self.reward)
-
 
 def token_arrays(spec, *shape):
     """Zeroed arrays for `shape` tokens. action, reward and done lie with the token that they led
     to, as the encoder reads them: action[t] of these arrays is action[t - 1] of a Trajectory."""
     obs = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
-               instruction=(spec.instruction[:2], np.int32))
+               texture=(spec.texture[:1], np.uint8), instruction=(spec.instruction[:2], np.int32))
     action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
     layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
                   reward=((), np.float32), done=((), bool), reset=((), bool))
+    if spec.instruction:
+        layout["achieved"] = (spec.achieved, np.int32)
     # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
     return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
 
@@ -910,11 +946,13 @@ class ReplayBuffer:
     """Whole trajectories, first in first out, in flat preallocated arrays.
 
     All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
-    then one fancy index per array, with no Python loop.
+    one slice per rollout and array, with no Python loop over time steps.
+
+    relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
     """
 
-    def __init__(self, spec, capacity, rng):
-        self.capacity, self.rng = capacity, rng
+    def __init__(self, spec, capacity, rng, relabel=None):
+        self.spec, self.capacity, self.rng, self.relabel = spec, capacity, rng, relabel
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
@@ -944,13 +982,8 @@ class ReplayBuffer:
             self._evict(self.write, self.capacity)
             self.write = 0
         self._evict(self.write, self.write + size)
-        here, tokens = slice(self.write, self.write + size), self.tokens
-        for name, x in trajectory.obs.items():
-            tokens["obs"][name][here] = x
-        tokens["reset"][here] = trajectory.reset
-        for name in ("action", "reward", "done"):
-            tokens[name][here][0] = 0
-            tokens[name][here][1:] = getattr(trajectory, name)
+        here = slice(self.write, self.write + size)
+        each(lambda store, x: np.copyto(store[here], x), self.tokens, trajectory.tokens())
         slot = (self.first + self.count) % len(self.starts)
         self.starts[slot], self.lengths[slot] = self.write, size - 1
         self.count += 1
@@ -962,21 +995,33 @@ class ReplayBuffer:
         -> dict(tokens=dict(obs=dict, action, reward, reset, time), each (B, T+1, ...),
                 done (B, T), mask (B, T)), on `device`. T is the longest of the B.
         """
-        pick = (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts)
-        length = np.minimum(self.lengths[pick], context)                 # (B,)
-        offset = self.rng.integers(self.lengths[pick] - length + 1)      # (B,)
+        rollouts = []
+        for i in (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts):
+            start, end = self.starts[i], self.starts[i] + self.lengths[i] + 1
+            tokens = each(lambda x: x[start:end], self.tokens)           # views, nothing copied
+            if self.relabel:
+                tokens = self.relabel(Trajectory.of_tokens(tokens)).tokens()
+            rollouts.append(tokens)
+        whole = np.array([len(tokens["reset"]) - 1 for tokens in rollouts])
+        length = np.minimum(whole, context)                              # (B,)
+        offset = self.rng.integers(whole - length + 1)                   # (B,)
         steps = np.arange(length.max() + 1)
-        # Beyond a rollout's end its last token is repeated; the mask says that it is not real.
-        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
-        index = self.starts[pick][:, None] + time
+        out = token_arrays(self.spec, batch, len(steps))
+        for b, tokens in enumerate(rollouts):
+            here = slice(offset[b], offset[b] + length[b] + 1)
+            each(lambda x, y: np.copyto(x[b, :length[b] + 1], y[here]), out, tokens)
         mask = steps[:-1] < length[:, None]                              # (B, T)
         self.replayed += int(length.sum())
 
         def tensor(x):
-            return torch.from_numpy(x).to(device, non_blocking=True)
-        tokens = each(lambda x: tensor(x[index]), self.tokens)
-        done = tokens.pop("done")[:, 1:]
-        return dict(tokens=dict(tokens, time=tensor(time)), done=done, mask=tensor(mask))
+            x = torch.from_numpy(x)
+            on_cpu = torch.device(device).type == "cpu"
+            return x if on_cpu else x.pin_memory().to(device, non_blocking=True)
+        done = tensor(out.pop("done")[:, 1:])
+        out.pop("achieved", None)
+        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
+        return dict(tokens=dict(each(tensor, out), time=tensor(time)), done=done,
+                    mask=tensor(mask))
 
     def state(self):
         """For a checkpoint: the trajectories from the oldest on, and the tokens that are in use."""
@@ -994,7 +1039,112 @@ class ReplayBuffer:
 
 
 # ==================================================================================================
-# 8. Rollouts and exploration ([1] App. A.2, Fig. 13)
+# 8. Hindsight instruction relabeling ([1] section 4, Algorithm 1)
+#    A rollout that failed at its instruction did something else, and is a perfect example of how to
+#    do that. So pretend that it was asked for: replace goals that were missed by goals that were
+#    met, in the order in which they were, and replay the rollout under the new instruction.
+def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
+    """Algorithm 1 -> a new Trajectory; the one given is not touched, and comes back as it is when
+    there is nothing to relabel. Step t of it reached the goals trajectory.achieved[t].
+
+    reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
+    show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
+    scheme: some = a random number of missed goals, all = as many as can be, none.
+    rarity: a GoalRarity, to prefer goals that are rarely met; None = any step is as good.
+    """
+    goals = trajectory.obs["instruction"][0, :, 1:]                      # (K, W)
+    k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
+    reached = trajectory.achieved                                        # (T, M, W)
+    # (1) n of the k goals were completed, at the steps `done`.
+    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
+    done, n = [], 0
+    for t in busy:
+        _, progress = reward_fn(goals, n, reached[t])
+        if progress > n:
+            done.append(t)
+            n = progress
+    # (2) Draw how many goals h to add,
+    h = dict(none=0, some=int(rng.integers(k - n + 1)), all=k - n)[scheme]
+    # (3) and so many other steps that reached something, with one of its goals each.
+    others = np.setdiff1d(busy, done)
+    h = min(h, len(others))
+    if h == 0:
+        return trajectory
+    if rarity is None:
+        steps = rng.choice(others, size=h, replace=False)
+        chosen = [rng.choice(reached[t][reached[t][:, 0] != 0]) for t in steps]
+    else:
+        steps, chosen = rarity.choose(reached, others, h, rng)
+    # (4) Merge them with the completed ones in order of time; the tail stays as it was.
+    merged = sorted([*zip(done, range(n), goals[:n]), *zip(steps, range(n, n + h), chosen)],
+                    key=lambda entry: entry[:2])
+    instruction = np.concatenate([[goal for _, _, goal in merged], goals[n + h:]]).astype(np.int32)
+    # (5) Replay: rewards, what the agent sees, and the end, which now may come earlier.
+    reward, shown = np.zeros(T, np.float32), np.empty_like(trajectory.obs["instruction"])
+    ended, progress, begin = trajectory.done.copy(), 0, 0
+    for t in busy:
+        shown[begin:t + 1] = show_fn(instruction, progress)
+        reward[t], progress = reward_fn(instruction, progress, reached[t])
+        begin = t + 1
+        if progress == k:
+            ended[t], T = True, t + 1
+            break
+    shown[begin:T + 1] = show_fn(instruction, progress)
+    obs = {name: x[:T + 1] for name, x in dict(trajectory.obs, instruction=shown).items()}
+    return dataclasses.replace(
+        trajectory, obs=obs, action=trajectory.action[:T], reward=reward[:T], done=ended[:T],
+        reset=trajectory.reset[:T + 1], achieved=reached[:T], success=float(progress == k))
+
+
+class GoalRarity:
+    """Importance sampling of hindsight goals ([1] App. B): what is rarely met teaches most.
+
+        weight(goal) = (-log10 f)^4 in [1e-3, 1e5],    a step weighs the sum of its goals
+
+    f: the share of steps that reached the goal, or that of rollouts, one or the other for a whole
+    relabeling. For each draw the weights are shaped in one of four ways: left out (p = .2), minus
+    their minimum (.1), minus their median (.1), the five largest alone (.6).
+    """
+
+    def __init__(self):
+        self.steps, self.rollouts, self.total = {}, {}, [0, 0]   # goal -> count; of all
+
+    def update(self, achieved):
+        """achieved (T, M, W) of a new rollout."""
+        goals = [tuple(goal) for goal in achieved[achieved[..., 0] != 0].tolist()]
+        for table, found in ((self.steps, goals), (self.rollouts, set(goals))):
+            for goal in found:
+                table[goal] = table.get(goal, 0) + 1
+        self.total = [self.total[0] + len(achieved), self.total[1] + 1]
+
+    def choose(self, reached, steps, h, rng):
+        """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
+        which = int(rng.integers(2))
+        table, total = (self.steps, self.rollouts)[which], max(1, self.total[which])
+        goals = [reached[t][reached[t][:, 0] != 0] for t in steps]
+        share = [np.array([table.get(tuple(goal), 1e-3) for goal in g.tolist()]) / total
+                 for g in goals]
+        weight = [np.clip(np.log10(np.minimum(f, 1)) ** 4, 1e-3, 1e5) for f in share]
+        left, chosen = list(range(len(steps))), []
+        for _ in range(h):
+            p = self.shaped(np.array([weight[i].sum() for i in left]), rng)
+            i = left.pop(rng.choice(len(left), p=p))
+            chosen.append((steps[i], goals[i][rng.choice(len(goals[i]),
+                                                         p=self.shaped(weight[i], rng))]))
+        return [t for t, _ in chosen], [goal for _, goal in chosen]
+
+    @staticmethod
+    def shaped(weight, rng):
+        """Probabilities (n,) from weights (n,)"""
+        kind = rng.choice(4, p=(0.2, 0.1, 0.1, 0.6))
+        shaped = (np.ones_like(weight), weight - weight.min(),
+                  np.maximum(weight - np.median(weight), 1e-5),
+                  np.where(weight >= np.sort(weight)[-5:][0], weight, 0.0))[kind]
+        return shaped / shaped.sum() if shaped.sum() > 0 else np.full(len(weight), 1 / len(weight))
+
+
+# ==================================================================================================
+# 9. Rollouts and exploration ([1] App. A.2, Fig. 13)
 class Exploration:
     """The randomised bi-level epsilon schedule.
 
@@ -1078,6 +1228,10 @@ class Collector:
             self.tokens["reward"][i, t] = reward
             self.tokens["done"][i, t] = terminated or (truncated and not self.bootstrap_truncated)
             self.tokens["reset"][i, t] = info.get("reset", False)
+            if "achieved" in self.tokens:
+                achieved = info["achieved"]
+                self.tokens["achieved"][i, t, :len(achieved)] = achieved
+                self.tokens["achieved"][i, t, len(achieved):] = 0
             if terminated or truncated:
                 finished.append((i, self._trajectory(i, info)))
                 ended[i] = True
@@ -1107,9 +1261,8 @@ class Collector:
     def _trajectory(self, i, info):
         """Copy environment i's finished rollout out of the arrays."""
         rollout = each(lambda x: x[i, :self.time[i] + 1].copy(), self.tokens)
-        transitions = {name: rollout[name][1:] for name in ("action", "reward", "done")}
-        return Trajectory(rollout["obs"], **transitions, reset=rollout["reset"],
-                          success=float(info.get("success", math.nan)), episode=self.episode[i])
+        return Trajectory.of_tokens(rollout, success=float(info.get("success", math.nan)),
+                                    episode=self.episode[i])
 
     def state(self):
         """For a checkpoint. An environment is kept as its episode and the actions since."""
@@ -1164,7 +1317,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
 
 
 # ==================================================================================================
-# 9. Training
+# 10. Training
 #    Act once in every environment; learn until every step has been replayed `replay_ratio` times on
 #    average; from time to time evaluate. What a run writes goes through Log and save_checkpoint.
 class Learner:
@@ -1304,7 +1457,8 @@ def train(config, saved=None):
     torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
     rng = np.random.default_rng((config.seed, rank))
     learner = Learner(agent, config)
-    buffer = ReplayBuffer(spec, config.buffer_steps, rng)
+    rarity = GoalRarity() if config.importance else None
+    buffer = ReplayBuffer(spec, config.buffer_steps, rng, relabeler(config, env, rng, rarity))
     exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
     # Training and evaluation draw their environments' seeds from ranges that never meet.
     train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
@@ -1344,9 +1498,23 @@ def train(config, saved=None):
             with log.timer("acting"):
                 for _, trajectory in collector.receive():
                     buffer.add(trajectory)
+                    if rarity and spec.instruction:
+                        rarity.update(trajectory.achieved)
                     log.returns.append(float(trajectory.reward.sum()))
             log.progress(collector.env_steps)
         raise KeyboardInterrupt("everything is saved; --resume continues")
+
+
+def relabeler(config, env, rng, rarity):
+    """-> the function that ReplayBuffer applies to what it draws, or None. UsageError if --relabel
+    asks for what the environment cannot give."""
+    instructed = hasattr(env, "show")
+    if config.relabel in ("some", "all") and not instructed:
+        raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions to relabel")
+    if config.relabel == "none" or not instructed:
+        return None
+    scheme = "some" if config.relabel == "auto" else config.relabel
+    return lambda trajectory: relabel(trajectory, env.reward, env.show, rng, scheme, rarity)
 
 
 def stopping_return(config, env):
@@ -1357,7 +1525,7 @@ def stopping_return(config, env):
 
 
 # ==================================================================================================
-# 10. Checkpoint
+# 11. Checkpoint
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
 def save_run(folder, run, final=False):
     """Write everything that it takes to continue `run` exactly: a dict of its parts, see `train`.
@@ -1465,7 +1633,7 @@ def resumed_config(given, folder):
 
 
 # ==================================================================================================
-# 11. Command line
+# 12. Command line
 class Parser(argparse.ArgumentParser):
     """argparse that complains in one line, with the nearest valid flag."""
 

@@ -699,7 +699,9 @@ class Spec:
     """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
     vector: int = 0             # length of the observation vector, 0 if there is none
     image: tuple = ()           # (height, width, channels) of the picture, () if there is none
+    texture: tuple = ()         # (cells of a map, ids), () if there is none
     instruction: tuple = ()     # (K, words per slot, vocabulary), () if there is none
+    achieved: tuple = ()        # (M, W): at most M goals of W words are reached by one step
     discrete: bool = True
     actions: int = 1            # A: number of actions, or dimensions of a continuous one
     nvec: tuple = ()            # a MultiDiscrete action's factors; A is their product
@@ -714,8 +716,10 @@ class Spec:
         parts = {name: box.shape for name, box in space.items()}
         if "vector" in parts:
             parts["vector"], = parts["vector"]
+        for name in {"texture", "instruction"} & set(parts):
+            parts[name] += (int(space[name].high.max()) + 1,)
         if "instruction" in parts:
-            parts["instruction"] += (int(space["instruction"].high.max()) + 1,)
+            parts["achieved"] = (env.max_achieved, parts["instruction"][1] - 1)
         action = env.action_space
         if isinstance(action, gymnasium.spaces.Discrete):
             parts.update(actions=int(action.n))
