@@ -19,7 +19,11 @@ What an agent may rely on, whatever the name:
     env.max_return  the return that a trained agent can reach (almost) surely, or None
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
-Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 the list.
+Environments with instructions have {"vector": ..., "instruction": int32 (K, 1 + W)} and more, see
+Instructed.
+
+Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta;
+7 own worlds and instructions; 8 the list.
 """
 
 import argparse
@@ -29,6 +33,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import operator
 import random
 import re
@@ -235,13 +240,31 @@ def decode_box(low, high, dtype, action):
 # ---- 3. The adapter -------------------------------------------------------------------------
 
 
-class Adapter(gymnasium.Env):
+class Seeded(gymnasium.Env):
+    """Every episode has a seed of its own, so that any one of them can be played again.
+
+    np_random draws these seeds and nothing else. A subclass has begin(seed, options).
+    """
+
+    first_seed = None  # set by make_env, used up by the first reset
+
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            seed = self.first_seed
+        self.first_seed = None
+        super().reset(seed=seed)
+        options = dict(options or {})
+        self.episode = options.pop("episode", seed)
+        if self.episode is None:
+            self.episode = int(self.np_random.integers(2**31))
+        return self.begin(self.episode, options)
+
+
+class Adapter(Seeded):
     """One thin layer around a raw environment: uniform spaces, clean info, optional time limit.
 
     `limit`: truncate after so many steps; None leaves the end of a rollout to the raw env.
     """
-
-    first_seed = None  # set by make_env, used up by the first reset
 
     def __init__(self, inner, name, horizon, limit=None, references=None, max_return=None):
         self.inner, self.name, self.horizon = inner, name, horizon
@@ -252,18 +275,9 @@ class Adapter(gymnasium.Env):
         self._limit = float("inf") if limit is None else limit
         self._steps_left = self._limit
 
-    def reset(self, *, seed=None, options=None):
-        if seed is None:
-            seed = self.first_seed
-        self.first_seed = None
-        super().reset(seed=seed)
+    def begin(self, seed, options):
         self._steps_left = self._limit
-        options = dict(options or {})
-        # Every episode has a seed of its own, so that any one of them can be played again.
-        self.episode = options.pop("episode", seed)
-        if self.episode is None:
-            self.episode = int(self.np_random.integers(2**31))
-        observation, info = self.reset_inner(self.episode, options or None)
+        observation, info = self.reset_inner(seed, options or None)
         return self._encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
@@ -522,7 +536,183 @@ class Meta(gymnasium.Env):
         self.inner.close()
 
 
-# ---- 7. The list ----------------------------------------------------------------------------
+# ---- 7. Own worlds and instructions ---------------------------------------------------------
+# The environments below are written here, so they share their bookkeeping.
+
+
+class World(Seeded):
+    """What the environments written in this file share: seeds, clock, refusal of wrong actions.
+
+    A subclass sets name, horizon, observation_space and action_space, and has
+
+        draw(rng)      set up a new episode; everything random comes from rng
+        act(action)    one step -> (reward, terminated, info)
+        observe()      the observation, in arrays that nobody else holds
+
+    and, if a person can look at it, render() -> uint8 (H, W, 3) and keys = {key: action}.
+    """
+
+    references, max_return = {}, None
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    time, over = 0, True
+    keys = {}
+
+    def begin(self, seed, options):
+        """`options` go to draw as keyword arguments."""
+        if options:
+            known = [*inspect.signature(self.draw).parameters][1:]
+            check_options(f"reset of {self.name}", options, known)
+        self.draw(np.random.default_rng(seed), **options)
+        self.time, self.over = 0, False
+        return self.observe(), {}
+
+    def step(self, action):
+        if self.over:
+            raise gymnasium.error.ResetNeeded(f"{self.name}: the episode is over, call reset()")
+        if not self.action_space.contains(action):
+            raise ValueError(f"{self.name}: action {action!r} is not in {self.action_space}")
+        reward, terminated, info = self.act(action)
+        self.time += 1
+        truncated = self.time == self.horizon and not terminated
+        self.over = terminated or truncated
+        if self.over:
+            self.end(info)
+        return self.observe(), reward, terminated, truncated, info
+
+    def end(self, info):
+        """Add to the last step's info."""
+
+
+# An instruction is a list of goals that have to be reached in order: int32 (K, W), a row of W
+# words per goal, all zeros after the last; a goal's first word is never 0. The agent sees it as
+# (K, 1 + W), each goal's status in front:
+NO_GOAL, WAITING, ACTIVE, DONE = range(4)
+
+
+def instruction_reward(instruction, progress, achieved):
+    """The one rule of all instructions, for acting and for relabeling. -> (reward, progress)
+
+    progress: number of goals done. achieved: (n, W), the goals that one step reached; it earns 1.0
+    if the next one is among them. At most one goal per step, so "place plant x2" takes two.
+    """
+    if progress < len(instruction):
+        goal = instruction[progress].tolist()
+        if goal[0] and goal in achieved.tolist():
+            return 1.0, progress + 1
+    return 0.0, progress
+
+
+def show_instruction(instruction, progress):
+    """(K, W) -> what the agent sees, (K, 1 + W)."""
+    shown = np.zeros((len(instruction), 1 + instruction.shape[1]), np.int32)
+    shown[:, 1:] = instruction
+    status = shown[:, 0]  # a view
+    status[instruction[:, 0] != 0] = WAITING
+    status[:progress] = DONE
+    if progress < len(status) and status[progress] == WAITING:
+        status[progress] = ACTIVE
+    return shown
+
+
+class Instructed(World):
+    """A world with an instruction; see instruction_reward for the rule.
+
+    A subclass calls set_up in its constructor, and has instead of draw and act
+
+        begin_world(rng, goals)   set up a new episode for this list of goals; draw the goals
+                                  if it is None; -> the goals
+        move(action)              one step -> (goals reached by it (n, W), died)
+        look()                    observation without the instruction, {"vector": ...}
+        parse_goal(text)          W numbers, ValueError with the nearest right words
+        format_goal(numbers)      text; the inverse
+
+    An instruction given to make_env stands for all episodes, one given to reset for that one.
+    """
+
+    reward, show = staticmethod(instruction_reward), staticmethod(show_instruction)
+    max_achieved = 1  # largest number of goals that one step can reach
+
+    def set_up(self, name, options, goals, words, vocabulary, **parts):
+        """Name and observation space. `options` are those of the name, maybe "instruction" too.
+
+        goals: K, the largest number. vocabulary: words are below it. parts: of the observation.
+        """
+        self.name, self.max_goals, self.words = name, goals, words
+        self.observation_space = spaces.Dict(**parts, instruction=spaces.Box(
+            0, max(DONE, vocabulary - 1), (goals, 1 + words), np.int32))
+        self.fixed = None
+        if "instruction" in options:
+            self.fixed = self.read_instruction(options["instruction"])
+            options = {**options, "instruction": self.format_instruction(self.fixed)}
+        self.name = full_name(name, options)
+
+    def draw(self, rng, instruction=None):
+        given = self.fixed if instruction is None else self.read_instruction(instruction)
+        goals = self.begin_world(rng, None if given is None else goal_list(given))
+        self.instruction = np.zeros((self.max_goals, self.words), np.int32)
+        self.instruction[:len(goals)] = goals
+        self.progress, self.goals = 0, len(goals)
+        self._shown = show_instruction(self.instruction, 0)
+
+    def act(self, action):
+        achieved, died = self.move(action)
+        achieved = np.array(achieved, np.int32).reshape(-1, self.words)
+        reward, progress = instruction_reward(self.instruction, self.progress, achieved)
+        if progress != self.progress:
+            self.progress = progress
+            self._shown = show_instruction(self.instruction, progress)
+        return reward, died or progress == self.goals, {"achieved": achieved}
+
+    def observe(self):
+        return {**self.look(), "instruction": self._shown.copy()}
+
+    def end(self, info):
+        info["success"], info["goals_done"] = float(self.progress == self.goals), self.progress
+
+    def read_instruction(self, given):
+        """Text or array -> (K, W), checked."""
+        if not isinstance(given, str):
+            array = np.asarray(given)
+            if array.ndim != 2 or array.shape[1] != self.words or array.dtype.kind not in "iu":
+                raise ValueError(f"an instruction of {self.name} is text or whole numbers of shape "
+                                 f"(goals, {self.words}), not {given!r}")
+            given = self.format_instruction(array)
+        return self.parse_instruction(given)
+
+    def parse_instruction(self, text):
+        """'place plant x2, travel to (10, 10)' -> (K, W)"""
+        goals = []
+        for part in re.split(r",(?![^(]*\))", text):  # commas outside of brackets
+            part = " ".join(part.split())
+            one, times, number = re.fullmatch(r"(.*?)( x([1-9][0-9]{0,2}))?", part).groups()
+            goals += [self.parse_goal(one)] * (int(number) if times else 1)
+        if not 1 <= len(goals) <= self.max_goals:
+            raise ValueError(f"{self.name} takes 1 to {self.max_goals} goals, not {len(goals)}: "
+                             f"{shorten(text)}")
+        instruction = np.zeros((self.max_goals, self.words), np.int32)
+        instruction[:len(goals)] = goals
+        return instruction
+
+    def format_instruction(self, instruction):
+        """(K, W) -> 'place plant x2, travel to (10, 10)'"""
+        parts = []
+        for goal, same in itertools.groupby(goal_list(instruction)):
+            times = len(list(same))
+            parts.append(self.format_goal(goal) + (f" x{times}" if times > 1 else ""))
+        return ", ".join(parts)
+
+
+def goal_list(instruction):
+    """The rows up to the first that holds no goal."""
+    return list(itertools.takewhile(lambda goal: goal[0] != 0, np.asarray(instruction).tolist()))
+
+
+def shorten(text):
+    """For error messages: on one line, not endless."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# ---- 8. The list ----------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
 SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env}
