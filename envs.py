@@ -34,6 +34,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import math
 import operator
 import random
 import re
@@ -478,7 +479,10 @@ def meta_env(name, **options):
     inner_name = name if ":" in name else "gym:" + name
     if inner_name.startswith("meta:"):
         raise ValueError(f"'meta:{name}' puts meta inside meta; nearest: {name}")
-    return Meta(make_env(inner_name, **options), episodes)
+    inner = make_env(inner_name, **options)
+    name, _, query = inner.name.partition("?")
+    query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
+    return Meta(inner, episodes, f"meta:{name}?{query}")
 
 
 class Meta(gymnasium.Env):
@@ -493,11 +497,8 @@ class Meta(gymnasium.Env):
         ends           no                           as the inner env says
     """
 
-    def __init__(self, inner, episodes):
-        self.inner, self.episodes = inner, episodes
-        name, _, query = inner.name.partition("?")
-        query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
-        self.name = f"meta:{name}?{query}"
+    def __init__(self, inner, episodes, name):
+        self.inner, self.episodes, self.name = inner, episodes, name
         self.horizon = episodes * inner.horizon
         self.observation_space, self.action_space = inner.observation_space, inner.action_space
         self.metadata, self.render_mode = inner.metadata, inner.render_mode
@@ -546,7 +547,7 @@ class World(Seeded):
     A subclass sets name, horizon, observation_space and action_space, and has
 
         draw(rng)      set up a new episode; everything random comes from rng
-        act(action)    one step -> (reward, terminated, info)
+        act(action)    step number self.time, from 1 -> (reward, terminated, info)
         observe()      the observation, in arrays that nobody else holds
 
     and, if a person can look at it, render() -> uint8 (H, W, 3) and keys = {key: action}.
@@ -571,8 +572,8 @@ class World(Seeded):
             raise gymnasium.error.ResetNeeded(f"{self.name}: the episode is over, call reset()")
         if not self.action_space.contains(action):
             raise ValueError(f"{self.name}: action {action!r} is not in {self.action_space}")
-        reward, terminated, info = self.act(action)
         self.time += 1
+        reward, terminated, info = self.act(action)
         truncated = self.time == self.horizon and not terminated
         self.over = terminated or truncated
         if self.over:
@@ -712,10 +713,554 @@ def shorten(text):
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-# ---- 8. The list ----------------------------------------------------------------------------
+# ---- 8. Memory and meta-RL worlds -----------------------------------------------------------
+# Sources are sections and appendices of the AMAGO paper [1].
+
+WEST, NORTH, EAST, SOUTH, STAY = range(5)  # the actions in a grid; row 0 is north, column 0 west
+STEPS = ((0, -1), (-1, 0), (0, 1), (1, 0), (0, 0))
+GRID_KEYS = {"a": WEST, "w": NORTH, "d": EAST, "s": SOUTH, " ": STAY}
+
+
+def grid_size(suite, text, smallest):
+    """'9x9' -> (9, 9)"""
+    match = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", text)
+    size = tuple(map(int, match.groups())) if match else (0, 0)
+    if min(size) < smallest:
+        raise ValueError(f"unknown environment {suite + ':' + text!r}; write rows x columns, at "
+                         f"least {smallest}x{smallest}; nearest: {suite}:9x9")
+    return size
+
+
+def flag(name, key, value):
+    if value not in (0, 1):
+        raise ValueError(f"option {key!r} of {name!r} must be true or false, not {value!r}")
+    return bool(value)
+
+
+class DarkKey(World):
+    """`darkkey:9x9`: find a key, then a door, without seeing either ([1] 5.1, App. C.2).
+
+    Rules        Start, key and door are independent uniform cells, the same during the whole
+                 rollout. +1 for the first visit to the key, +1 for a visit to the door with the
+                 key, at most one of the two per step. After the door or 50 steps a new inner
+                 episode begins: back to the start, without the key, info["reset"] is True, and
+                 its first observation takes the place of the last one.
+    Observation  row / rows, column / columns, has the key, step of the inner episode / 50
+    Actions      west, north, east, south, stay; a step against a wall stays
+    Ends         after 500 steps, truncated
+    Options      fixed_start=true: always from cell (0, 0), as in the 8x8 comparison with
+                 Algorithm Distillation
+    Returns      random .93 (8x8?fixed_start .97); 9x9: best known policy 71 (search each cell once,
+                 then the shortest way; the same with eyes open: 103); paper 38
+    """
+
+    LIMIT = 50
+    # (rows, columns, fixed start): random, best known, paper (its highest, read off the figures)
+    RETURNS = {}
+    keys = GRID_KEYS
+
+    def __init__(self, size, **options):
+        self.rows, self.columns = grid_size("darkkey", size, 2)
+        name = f"darkkey:{self.rows}x{self.columns}"
+        check_options(name, options, ["fixed_start"])
+        self.fixed_start = flag(name, "fixed_start", options.get("fixed_start", False))
+        self.name = full_name(name, {"fixed_start": True} if self.fixed_start else {})
+        self.horizon = 500
+        known = self.RETURNS.get((self.rows, self.columns, self.fixed_start), ())
+        self.references = dict(zip(("random", "best", "paper"), known))
+        self.observation_space = spaces.Box(0, 1, (4,), np.float32)
+        self.action_space = spaces.Discrete(5)
+
+    def draw(self, rng):
+        cells = rng.integers((self.rows, self.columns), size=(3, 2))
+        self.start, self.key, self.door = map(tuple, cells.tolist())
+        if self.fixed_start:
+            self.start = (0, 0)
+        self.begin_episode()
+
+    def begin_episode(self):
+        self.position, self.has_key, self.inner_time, self.inner_return = self.start, False, 0, 0.0
+
+    def act(self, action):
+        self.position = self.neighbour(action)
+        reward, opened = 0.0, False
+        if not self.has_key and self.position == self.key:
+            self.has_key, reward = True, 1.0
+        elif self.has_key and self.position == self.door:
+            opened, reward = True, 1.0
+        self.inner_time += 1
+        self.inner_return += reward
+        info = {}
+        if opened or self.inner_time == self.LIMIT:
+            info["episode_return"] = self.inner_return
+            if self.time < self.horizon:
+                info["reset"] = True
+                self.begin_episode()
+        return reward, False, info
+
+    def neighbour(self, action):
+        (row, column), (down, right) = self.position, STEPS[action]
+        return (min(max(row + down, 0), self.rows - 1),
+                min(max(column + right, 0), self.columns - 1))
+
+    def observe(self):
+        row, column = self.position
+        return np.array((row / self.rows, column / self.columns, self.has_key,
+                         self.inner_time / self.LIMIT), np.float32)
+
+    def render(self):
+        """Key and door are drawn, though the agent does not see them."""
+        cells = np.full((self.rows, self.columns), FLOOR)
+        picture, size = draw_cells(cells)
+        draw_square(picture, self.door, size, DOOR)
+        if not self.has_key:
+            draw_disc(picture, self.key, size, KEY, 0.3)
+        draw_disc(picture, self.position, size, AGENT, 0.42 if self.position != self.key else 0.2)
+        return picture
+
+
+class TMaze(World):
+    """`tmaze:100`: remember the very first observation until the end ([1] 5.1; Ni et al. 2023).
+
+    Rules        A corridor of H cells to the east ends in a junction, with one cell to its north
+                 and one to its south; one of the two is the goal. The first observation tells
+                 which. 1 if the agent is there after H + 1 steps, which is the earliest possible;
+                 -1/H for each of the first H actions that is not "east".
+    Observation  is at the end (junction or beyond); +1 north, -1 south: where the agent is at the
+                 end, or, in the very first observation alone, the goal
+    Actions      east, north, west, south; a step against a wall stays
+    Ends         after H + 1 steps, terminated: the last one decides
+    Returns      random -.75, best 1 (without memory .5); the paper solves H = 10 000
+    """
+
+    keys = {"d": 0, "w": 1, "a": 2, "s": 3}
+
+    def __init__(self, length, **options):
+        if not re.fullmatch("[0-9]{1,6}", length) or not 1 <= int(length) <= 100_000:
+            raise ValueError(f"unknown environment {'tmaze:' + length!r}; the length of the "
+                             "corridor is a whole number from 1 to 100000; nearest: tmaze:100")
+        self.length = int(length)
+        self.name, self.horizon = f"tmaze:{self.length}", self.length + 1
+        check_options(self.name, options, ())
+        self.observation_space = spaces.Box(np.float32([0, -1]), np.float32([1, 1]))
+        self.action_space = spaces.Discrete(4)
+        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0, "paper": 1.0}
+        self.max_return = 1.0
+
+    def draw(self, rng):
+        self.goal = int(rng.choice((-1, 1)))
+        self.x = self.y = 0
+
+    def act(self, action):
+        along, across = ((1, 0), (0, 1), (-1, 0), (0, -1))[action]
+        if along and self.y == 0:
+            self.x = min(max(self.x + along, 0), self.length)
+        elif across and self.x == self.length:
+            self.y = min(max(self.y + across, -1), 1)
+        if self.time == self.horizon:
+            return float(self.y == self.goal), True, {}
+        return (0.0 if action == 0 else -1.0 / self.length), False, {}
+
+    def observe(self):
+        hint = self.goal if self.time == 0 else 0
+        return np.array((self.x == self.length, self.y or hint), np.float32)
+
+    def end(self, info):
+        info["success"] = float(self.y == self.goal)
+
+
+class Wind(World):
+    """`wind:`: hold a place against an unknown steady wind ([1] 5.1; Ni et al. 2022).
+
+    Rules        A point starts at (0, 0). Each step adds 0.1 x action and the rollout's wind,
+                 uniform in [-.08, .08]^2. 1 for each step that ends within .03 of (0, 1).
+    Observation  position x, y
+    Actions      Box(-1, 1, (2,))
+    Ends         after 75 steps, truncated
+    Returns      random .00, best known 61.8 (straight to the goal, correcting for the wind
+                 that the first step shows); the paper reaches 61 to 62 with a fixed set of winds
+    """
+
+    GOAL, RADIUS = (0.0, 1.0), 0.03
+
+    def __init__(self, name, **options):
+        if name:
+            raise ValueError(f"unknown environment {'wind:' + name!r}; nearest: wind:")
+        self.name, self.horizon = "wind:", 75
+        check_options(self.name, options, ())
+        self.observation_space = spaces.Box(-13.5, 13.5, (2,), np.float32)  # 75 x (.1 + .08)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.references = {"random": 0.0, "best": 61.8, "paper": 61.5}
+
+    def draw(self, rng):
+        self.wind = rng.uniform(-0.08, 0.08, 2).tolist()
+        self.position = (0.0, 0.0)
+
+    def act(self, action):
+        self.position = tuple(here + 0.1 * push + wind for here, push, wind
+                              in zip(self.position, action.tolist(), self.wind))
+        return float(math.dist(self.position, self.GOAL) < self.RADIUS), False, {}
+
+    def observe(self):
+        return np.array(self.position, np.float32)
+
+
+def cheetah_env(name, **options):
+    """`cheetah:vel`: 3 episodes of 200 steps with one hidden target speed ([1] App. C.2)."""
+    if name != "vel":
+        raise ValueError(f"unknown environment {'cheetah:' + name!r}; nearest: cheetah:vel")
+    check_options("cheetah:vel", options, ())
+    need("mujoco", '"gymnasium[mujoco]"', "cheetah:vel")
+    env = Meta(Adapter(CheetahVelocity(), "cheetah:vel", 200, limit=200), 3, "cheetah:vel")
+    env.references["paper"] = -58.0
+    return env
+
+
+class CheetahVelocity(gymnasium.Wrapper):
+    """Run at a speed that only the rewards reveal.
+
+    Rules        The target is uniform in [0, 3], one per rollout. Reward of a step:
+                 -|speed - target| - .05 |action|^2
+    Observation  gymnasium's HalfCheetah-v5: 17 angles and speeds
+    Actions      Box(-1, 1, (6,)), torques
+    Returns      paper -58 in 3 x 200 steps, without memory -281, with an older simulator
+    """
+
+    def __init__(self):
+        super().__init__(gymnasium.make("HalfCheetah-v5", max_episode_steps=-1,
+                                        disable_env_checker=True, ctrl_cost_weight=0.05))
+
+    def reset(self, *, seed=None, options=None):
+        self.target = np.random.default_rng(seed).uniform(0.0, 3.0)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        reward = info["reward_ctrl"] - abs(info["x_velocity"] - self.target)
+        return observation, reward, terminated, truncated, {}
+
+
+def metaworld_env(name, **options):
+    """`metaworld:reach` (any of ML1's 50 tasks) or `metaworld:ML45`, k episodes of 500 steps.
+
+    Options: episodes=k (2), split=test (train). See MetaWorld.
+    """
+    need("metaworld", "metaworld==3.1.1", "metaworld:" + name)
+    choices = metaworld_names()
+    full = "metaworld:" + name.removesuffix("-v3")
+    if full not in choices:
+        raise ValueError(f"unknown environment {full!r}; {nearest(full, choices)}")
+    check_options(full, options, ["episodes", "split"])
+    episodes = positive_int(full, "episodes", options.get("episodes", 2))
+    split = options.get("split", "train")
+    if split not in ("train", "test"):
+        raise ValueError(f"option 'split' of {full!r} is train or test, not {split!r}")
+    written = {"episodes": episodes, **({"split": "test"} if split == "test" else {})}
+    raw = MetaWorld(full.removeprefix("metaworld:"), split)
+    return Meta(Adapter(raw, full, 500, limit=500), episodes, full_name(full, written))
+
+
+def metaworld_names():
+    if importlib.util.find_spec("metaworld") is None:
+        return []
+    tasks = importlib.import_module("metaworld").ML1.ENV_NAMES
+    return ["metaworld:ML45", *("metaworld:" + task.removesuffix("-v3") for task in tasks)]
+
+
+class MetaWorld(gymnasium.Env):
+    """A robot arm and an object whose place, or the goal's, only the rewards reveal ([1] 5.1).
+
+    Rules        Each rollout draws a class of tasks (ML45: 45 to train, 5 to test), then one of
+                 its 50 tasks. Rewards are the package's own, 0 to 10 per step. info["success"]:
+                 solved at some time in this episode.
+    Observation  39 numbers: gripper and object, now and a step before; the goal is blanked
+    Actions      Box(-1, 1, (4,)): gripper's motion and grip
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (39,), np.float64)
+    action_space = spaces.Box(-1, 1, (4,), np.float32)
+
+    def __init__(self, name, split):
+        package = importlib.import_module("metaworld")
+        # seed 0: everybody has the same 50 tasks
+        benchmark = (package.ML45(seed=0) if name == "ML45"
+                     else package.ML1(f"{name}-v3", seed=0))
+        self.classes = getattr(benchmark, f"{split}_classes")
+        self.tasks = getattr(benchmark, f"{split}_tasks")
+        self.built = {}  # simulators are slow to load: only those that are drawn, and once
+
+    def reset(self, *, seed=None, options=None):
+        rng = np.random.default_rng(seed)
+        name = list(self.classes)[rng.integers(len(self.classes))]
+        if name not in self.built:
+            self.built[name] = self.classes[name]()
+        tasks = [task for task in self.tasks if task.env_name == name]
+        self.arm, self.solved = self.built[name], False
+        self.arm.set_task(tasks[rng.integers(len(tasks))])
+        return self.arm.reset(seed=seed)[0], {}
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.arm.step(action)
+        self.solved = self.solved or bool(info["success"])
+        return observation, reward, terminated, truncated, {"success": self.solved}
+
+
+# ---- 9. Instruction worlds ------------------------------------------------------------------
+
+
+class Maze(Instructed):
+    """`maze:15x15`: visit cells of an unknown maze in the given order ([1] 5.2, App. C.4).
+
+    Rules        Every rollout has a new maze (see draw_maze; an even size is made odd) and goals:
+                 distinct free cells. +1 for each one reached, in order. The agent starts in the
+                 south, in the middle, in a strip that always looks the same.
+    Observation  row / rows, column / columns, then the number of free cells to the west, north,
+                 east and south, / columns or rows; and the instruction
+    Actions      west, north, east, south, stay; a step into a wall stays
+    Ends         terminated with the last goal; truncated after 400 steps in 15x15, 1000 in 31x31,
+                 other sizes on a straight line through these two
+    Instruction  "travel to (row, column)"; a goal inside a wall opens the wall
+    Options      goals=n: 1 to n of them, n = 1..5 (3); rewired=1: the four directions are permuted
+                 anew in every rollout; position=0: the agent does not see where it is
+    Returns      best 2 on average (with goals=n: (n + 1) / 2), random see RANDOM; successes in the
+                 paper: 15x15 97 %, without position 91 %; 31x31 ("30x30") 72 %, rewired 68 %
+    """
+
+    RANDOM = {}  # mean return of the uniform policy with up to 3 goals, 1000 rollouts
+    action_space = spaces.Discrete(5)
+    keys = GRID_KEYS
+
+    def __init__(self, size, **options):
+        rows, columns = (2 * (n // 2) + 1 for n in grid_size("maze", size, 5))
+        name = f"maze:{rows}x{columns}"
+        check_options(name, options, ["goals", "instruction", "position", "rewired"])
+        goals = positive_int(name, "goals", options.get("goals", 3))
+        if goals > 5:
+            raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
+        self.rewired = flag(name, "rewired", options.get("rewired", False))
+        self.position_seen = flag(name, "position", options.get("position", True))
+        defaults = {"goals": 3, "rewired": False, "position": True}
+        canonical = {"goals": goals, "rewired": self.rewired, "position": self.position_seen}
+        options = {**options, **canonical}
+        options = {key: value for key, value in options.items() if value != defaults.get(key)}
+        self.rows, self.columns = rows, columns
+        self.start = (rows - 2, columns // 2)
+        self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
+        self.set_up(name, options, goals, 2, max(rows, columns), vector=spaces.Box(
+            0, 1, (6 if self.position_seen else 4,), np.float32))
+        self.references = {"best": (1 + goals) / 2}
+        if goals == 3 and (rows, columns) in self.RANDOM:
+            self.references["random"] = self.RANDOM[rows, columns]
+        if self.fixed is not None or goals == 1:
+            count = 1 if self.fixed is None else len(goal_list(self.fixed))
+            self.references, self.max_return = {"best": float(count)}, float(count)
+
+    def begin_world(self, rng, goals):
+        wall = draw_maze(self.rows, self.columns, rng)
+        wiring = rng.permutation(4).tolist() if self.rewired else range(4)
+        self.wiring = [*wiring, STAY]
+        if goals is None:
+            free = ~wall
+            free[self.start] = False
+            cells = np.argwhere(free)
+            count = rng.integers(1, self.max_goals + 1)
+            goals = cells[rng.choice(len(cells), count, replace=False)].tolist()
+        else:
+            open_cells(wall, goals)
+        self.wall, self.views = wall.tolist(), self.all_views(wall)
+        self.position, self.path = self.start, [self.start]
+        return goals
+
+    def all_views(self, wall):
+        """What is seen from every cell, (rows, columns, 6 or 4), so that a step only looks it up.
+
+        Free cells to the west = own column - column of the nearest wall there - 1, and so on.
+        """
+        row, column = np.indices(wall.shape)
+        ahead = np.maximum.accumulate
+        west = column - ahead(np.where(wall, column, 0), axis=1) - 1
+        north = row - ahead(np.where(wall, row, 0), axis=0) - 1
+        # the same from the other end
+        back = np.minimum.accumulate
+        east = back(np.where(wall, column, self.columns)[:, ::-1], axis=1)[:, ::-1] - column - 1
+        south = back(np.where(wall, row, self.rows)[::-1], axis=0)[::-1] - row - 1
+        high, wide = self.rows, self.columns
+        views = [row / high, column / wide, west / wide, north / high, east / wide, south / high]
+        return np.stack(views if self.position_seen else views[2:], axis=-1).astype(np.float32)
+
+    def move(self, action):
+        down, right = STEPS[self.wiring[action]]
+        row, column = self.position[0] + down, self.position[1] + right
+        if not self.wall[row][column]:
+            self.position = (row, column)
+        self.path.append(self.position)
+        return [self.position], False
+
+    def look(self):
+        return {"vector": self.views[self.position].copy()}
+
+    def parse_goal(self, text):
+        match = re.fullmatch(r"travel to \( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text)
+        if not match:
+            raise ValueError(f"unknown goal {shorten(text)}; nearest: travel to (1, 1), as row and "
+                             "column")
+        row, column = map(int, match.groups())
+        if not (1 <= row <= self.rows - 2 and 1 <= column <= self.columns - 2):
+            raise ValueError(f"({row}, {column}) is not inside {self.name}: rows are 1 to "
+                             f"{self.rows - 2}, columns 1 to {self.columns - 2}")
+        return row, column
+
+    def format_goal(self, goal):
+        return f"travel to ({goal[0]}, {goal[1]})"
+
+    def render(self):
+        picture, size = draw_cells(np.where(self.wall, WALL, FLOOR))
+        for cell in set(self.path):
+            draw_square(picture, cell, size, PATH, 0.5)
+        for i in reversed(range(self.goals)):  # the next one on top
+            draw_goal(picture, self.instruction[i], size, i, self.progress)
+        draw_disc(picture, self.position, size, AGENT, 0.42)
+        return picture
+
+
+def draw_maze(rows, columns, rng):
+    """(rows, columns) of bool, True = wall. All free cells are connected.
+
+    Walls grow like hedges from random points with even coordinates, two cells at a time, always to
+    a point without a wall, until they are stuck: so they never close a loop, and nothing is cut
+    off. Then the strip where the agent starts is cleared, and a short corridor built around it.
+    """
+    wall = np.zeros((rows, columns), bool)
+    wall[[0, -1]] = wall[:, [0, -1]] = True
+    wall = wall.tolist()
+    hedges = int(0.75 * (rows // 2) * (columns // 2))
+    points = rng.integers((rows // 2 + 1, columns // 2 + 1), size=(hedges, 2)).tolist()
+    choices = iter(rng.random((rows // 2) * (columns // 2)).tolist())  # one per point at most
+    for row, column in points:
+        row, column = 2 * row, 2 * column
+        wall[row][column] = True
+        while True:
+            free = [(down, right) for down, right in STEPS[:4]
+                    if 0 < row + 2 * down < rows and 0 < column + 2 * right < columns
+                    and not wall[row + 2 * down][column + 2 * right]]
+            if not free:
+                break
+            down, right = free[int(next(choices) * len(free))]
+            for _ in range(2):
+                row, column = row + down, column + right
+                wall[row][column] = True
+    wall = np.array(wall)
+    strip = min(4, rows // 3)
+    wall[-1 - strip:-1, 1:-1] = False
+    wall[-strip:-1, [columns // 2 - 1, columns // 2 + 1]] = True
+    return wall
+
+
+def open_cells(wall, cells):
+    """Clear these cells, and a way out where there is none. A passage is always to the west:
+
+    cells in the same row as a point of the grid of hedges lie between two free ones.
+    """
+    for row, column in cells:
+        wall[row, column] = False
+        if all(wall[row + down, column + right] for down, right in STEPS[:4]):
+            wall[row, column - 1] = False
+
+
+class Delivery(Instructed):
+    """`delivery:30`: bring packages to places along a road of forks ([1] 5.2, App. C.3).
+
+    Rules        A round road of L cells. 2 to 6 of them are forks; the same side of a fork is
+                 right during the whole rollout and goes on, the other one leads back to cell 0.
+                 2 to 4 destinations, in the order of the road, none at a fork. One of four ways
+                 to drop a package is right during the whole rollout: with packages left, and not
+                 in cell 0, it delivers one here, +1 if this is the next destination. Any other
+                 drop leads back to cell 0, but at a fork nothing is dropped at all. There are
+                 three packages per destination.
+    Observation  cell, packages left, is at a fork; and the instruction
+    Actions      forward (not at a fork), left, right (only there), drop 1, 2, 3, 4, wait; what is
+                 not possible does nothing
+    Ends         terminated when all is delivered, truncated after 6 L steps
+    Instruction  "deliver to 7"; forks keep away from these cells
+    Returns      best 3 on average, random see RANDOM; successes in the paper 94 %
+    """
+
+    RANDOM = {}
+    FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
+    action_space = spaces.Discrete(8)
+    keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
+
+    def __init__(self, length, **options):
+        # 6 forks, 4 destinations and cell 0 need room
+        if not re.fullmatch("[0-9]{1,4}", length) or int(length) < 11:
+            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the road "
+                             "is a whole number from 11 to 9999; nearest: delivery:30")
+        self.length = int(length)
+        self.horizon = 6 * self.length
+        name = f"delivery:{self.length}"
+        check_options(name, options, ["instruction"])
+        self.set_up(name, options, 4, 1, self.length, vector=spaces.Box(
+            np.zeros(3, np.float32), np.float32([self.length - 1, 12, 1])))
+        self.references = {"best": 3.0}
+        if self.fixed is not None:
+            self.references = {"best": float(len(goal_list(self.fixed)))}
+        elif self.length in self.RANDOM:
+            self.references["random"] = self.RANDOM[self.length]
+
+    def begin_world(self, rng, goals):
+        cells = rng.permutation(np.arange(1, self.length)).tolist()
+        if goals is None:
+            goals = [(cell,) for cell in sorted(cells[:rng.integers(2, 5)])]
+        free = [cell for cell in cells if (cell,) not in map(tuple, goals)]
+        self.forks = {cell: int(rng.choice((self.LEFT, self.RIGHT)))
+                      for cell in free[:rng.integers(2, 7)]}
+        self.drop = self.DROP + int(rng.integers(4))
+        self.position, self.packages = 0, 3 * len(goals)
+        return goals
+
+    def move(self, action):
+        side = self.forks.get(self.position)
+        if action in (self.LEFT, self.RIGHT):
+            if side is not None:
+                self.position = (self.position + 1) % self.length if action == side else 0
+        elif side is None and action == self.FORWARD:
+            self.position = (self.position + 1) % self.length
+        elif side is None and action != self.WAIT:
+            if action == self.drop and self.packages and self.position:
+                self.packages -= 1
+                return [(self.position,)], False
+            self.position = 0
+        return [], False
+
+    def look(self):
+        return {"vector": np.array((self.position, self.packages, self.position in self.forks),
+                                   np.float32)}
+
+    def parse_goal(self, text):
+        match = re.fullmatch("deliver to ([0-9]{1,5})", text)
+        if not match:
+            raise ValueError(f"unknown goal {shorten(text)}; nearest: deliver to 7")
+        cell = int(match[1])
+        if not 1 <= cell < self.length:
+            raise ValueError(f"there is no delivery to cell {cell} of {self.name}: cells are 1 to "
+                             f"{self.length - 1}")
+        return (cell,)
+
+    def format_goal(self, goal):
+        return f"deliver to {goal[0]}"
+
+    def render(self):
+        """The road as a ring that begins in the south and goes clockwise, forks as squares."""
+        picture = np.full((256, 256, 3), GROUND, np.uint8)
+        return picture
+
+
+# ---- 10. The list ---------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
-SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env}
+SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,
+          "tmaze": TMaze, "wind": Wind, "cheetah": cheetah_env, "metaworld": metaworld_env,
+          "maze": Maze, "delivery": Delivery}
 
 
 def list_envs():
