@@ -36,9 +36,12 @@ import inspect
 import itertools
 import math
 import operator
+import os
 import random
 import re
+import shutil
 import sys
+import time
 import warnings
 
 import gymnasium
@@ -550,13 +553,11 @@ class World(Seeded):
         act(action)    step number self.time, from 1 -> (reward, terminated, info)
         observe()      the observation, in arrays that nobody else holds
 
-    and, if a person can look at it, render() -> uint8 (H, W, 3) and keys = {key: action}.
+    and, if a person can play it, render() -> uint8 (H, W, 3) and keys = {key: action}.
     """
 
-    references, max_return = {}, None
-    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    references, max_return, keys = {}, None, {}
     time, over = 0, True
-    keys = {}
 
     def begin(self, seed, options):
         """`options` go to draw as keyword arguments."""
@@ -630,6 +631,7 @@ class Instructed(World):
     An instruction given to make_env stands for all episodes, one given to reset for that one.
     """
 
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
     reward, show = staticmethod(instruction_reward), staticmethod(show_instruction)
     max_achieved = 1  # largest number of goals that one step can reach
 
@@ -669,6 +671,12 @@ class Instructed(World):
 
     def end(self, info):
         info["success"], info["goals_done"] = float(self.progress == self.goals), self.progress
+
+    def checklist(self):
+        """For people: '[x] eat cow  [ ] place plant'"""
+        goals = map(self.format_goal, goal_list(self.instruction))
+        return "  ".join(f"[{'x' if i < self.progress else ' '}] {goal}"
+                         for i, goal in enumerate(goals))
 
     def read_instruction(self, given):
         """Text or array -> (K, W), checked."""
@@ -724,11 +732,12 @@ GRID_KEYS = {"a": WEST, "w": NORTH, "d": EAST, "s": SOUTH, " ": STAY}
 def grid_size(suite, text, smallest):
     """'9x9' -> (9, 9)"""
     match = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", text)
-    size = tuple(map(int, match.groups())) if match else (0, 0)
-    if min(size) < smallest:
-        raise ValueError(f"unknown environment {suite + ':' + text!r}; write rows x columns, at "
-                         f"least {smallest}x{smallest}; nearest: {suite}:9x9")
-    return size
+    rows, columns = map(int, match.groups()) if match else (9, 9)
+    if not match or min(rows, columns) < smallest:
+        raise ValueError(f"unknown environment {suite + ':' + text!r}; sizes are rows x columns, "
+                         f"{smallest} to 999 each; nearest: "
+                         f"{suite}:{max(rows, smallest)}x{max(columns, smallest)}")
+    return rows, columns
 
 
 def flag(name, key, value):
@@ -750,13 +759,14 @@ class DarkKey(World):
     Ends         after 500 steps, truncated
     Options      fixed_start=true: always from cell (0, 0), as in the 8x8 comparison with
                  Algorithm Distillation
-    Returns      random .93 (8x8?fixed_start .97); 9x9: best known policy 71 (search each cell once,
-                 then the shortest way; the same with eyes open: 103); paper 38
+    Returns      9x9: random 2.7, best known 86 (search cell by cell, the nearest first, then
+                 the shortest way; it would be 101 with eyes open), paper 38 and rising
     """
 
     LIMIT = 50
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
     # (rows, columns, fixed start): random, best known, paper (its highest, read off the figures)
-    RETURNS = {}
+    RETURNS = {(9, 9, False): (2.67, 86.3, 38.0), (8, 8, True): (3.24, 83.2, 50.2)}
     keys = GRID_KEYS
 
     def __init__(self, size, **options):
@@ -810,12 +820,12 @@ class DarkKey(World):
 
     def render(self):
         """Key and door are drawn, though the agent does not see them."""
-        cells = np.full((self.rows, self.columns), FLOOR)
-        picture, size = draw_cells(cells)
-        draw_square(picture, self.door, size, DOOR)
+        picture, size = draw_cells(np.zeros((self.rows, self.columns), bool))
+        picture[::size] = picture[:, ::size] = PATH  # lines between the cells
+        fill_square(picture, *centre(self.door, size), 0.4 * size, DOOR)
         if not self.has_key:
-            draw_disc(picture, self.key, size, KEY, 0.3)
-        draw_disc(picture, self.position, size, AGENT, 0.42 if self.position != self.key else 0.2)
+            fill_disc(picture, *centre(self.key, size), 0.4 * size, KEY)
+        fill_disc(picture, *centre(self.position, size), 0.25 * size, AGENT)
         return picture
 
 
@@ -877,7 +887,7 @@ class Wind(World):
     Observation  position x, y
     Actions      Box(-1, 1, (2,))
     Ends         after 75 steps, truncated
-    Returns      random .00, best known 61.8 (straight to the goal, correcting for the wind
+    Returns      random 0, best known 62.1 (straight to the goal, correcting for the wind
                  that the first step shows); the paper reaches 61 to 62 with a fixed set of winds
     """
 
@@ -890,15 +900,15 @@ class Wind(World):
         check_options(self.name, options, ())
         self.observation_space = spaces.Box(-13.5, 13.5, (2,), np.float32)  # 75 x (.1 + .08)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
-        self.references = {"random": 0.0, "best": 61.8, "paper": 61.5}
+        self.references = {"random": 0.0, "best": 62.1, "paper": 61.5}
 
     def draw(self, rng):
         self.wind = rng.uniform(-0.08, 0.08, 2).tolist()
         self.position = (0.0, 0.0)
 
     def act(self, action):
-        self.position = tuple(here + 0.1 * push + wind for here, push, wind
-                              in zip(self.position, action.tolist(), self.wind))
+        self.position = tuple(here + 0.1 * float(push) + wind for here, push, wind
+                              in zip(self.position, action, self.wind))
         return float(math.dist(self.position, self.GOAL) < self.RADIUS), False, {}
 
     def observe(self):
@@ -1022,11 +1032,11 @@ class Maze(Instructed):
     Instruction  "travel to (row, column)"; a goal inside a wall opens the wall
     Options      goals=n: 1 to n of them, n = 1..5 (3); rewired=1: the four directions are permuted
                  anew in every rollout; position=0: the agent does not see where it is
-    Returns      best 2 on average (with goals=n: (n + 1) / 2), random see RANDOM; successes in the
+    Returns      random see RANDOM, best 2 on average, (n + 1) / 2 with goals=n; successes in the
                  paper: 15x15 97 %, without position 91 %; 31x31 ("30x30") 72 %, rewired 68 %
     """
 
-    RANDOM = {}  # mean return of the uniform policy with up to 3 goals, 1000 rollouts
+    RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
     action_space = spaces.Discrete(5)
     keys = GRID_KEYS
 
@@ -1114,12 +1124,14 @@ class Maze(Instructed):
         return f"travel to ({goal[0]}, {goal[1]})"
 
     def render(self):
-        picture, size = draw_cells(np.where(self.wall, WALL, FLOOR))
+        picture, size = draw_cells(self.wall)
         for cell in set(self.path):
-            draw_square(picture, cell, size, PATH, 0.5)
-        for i in reversed(range(self.goals)):  # the next one on top
-            draw_goal(picture, self.instruction[i], size, i, self.progress)
-        draw_disc(picture, self.position, size, AGENT, 0.42)
+            fill_square(picture, *centre(cell, size), 0.25 * size, PATH)
+        for i in reversed(range(self.goals)):  # if two share a cell, the next one is on top
+            y, x = centre(self.instruction[i], size)
+            fill_square(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
+            write_digit(picture, y, x, i + 1, size)
+        fill_disc(picture, *centre(self.position, size), 0.3 * size, AGENT)
         return picture
 
 
@@ -1157,9 +1169,9 @@ def draw_maze(rows, columns, rng):
 
 
 def open_cells(wall, cells):
-    """Clear these cells, and a way out where there is none. A passage is always to the west:
+    """Clear these cells. Only a point where hedges meet can be closed in on all sides then:
 
-    cells in the same row as a point of the grid of hedges lie between two free ones.
+    it gets a way out to the west, to where two free cells become one passage.
     """
     for row, column in cells:
         wall[row, column] = False
@@ -1182,10 +1194,11 @@ class Delivery(Instructed):
                  not possible does nothing
     Ends         terminated when all is delivered, truncated after 6 L steps
     Instruction  "deliver to 7"; forks keep away from these cells
-    Returns      best 3 on average, random see RANDOM; successes in the paper 94 %
+    Returns      random see RANDOM, best 3 on average, which trying and remembering always
+                 reaches; successes in the paper 88 %, without imitation loss 94 %
     """
 
-    RANDOM = {}
+    RANDOM = {30: 0.18}
     FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
     action_space = spaces.Discrete(8)
     keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
@@ -1211,9 +1224,10 @@ class Delivery(Instructed):
         cells = rng.permutation(np.arange(1, self.length)).tolist()
         if goals is None:
             goals = [(cell,) for cell in sorted(cells[:rng.integers(2, 5)])]
-        free = [cell for cell in cells if (cell,) not in map(tuple, goals)]
-        self.forks = {cell: int(rng.choice((self.LEFT, self.RIGHT)))
-                      for cell in free[:rng.integers(2, 7)]}
+        taken = {cell for cell, in goals}
+        forks = [cell for cell in cells if cell not in taken][:rng.integers(2, 7)]
+        sides = rng.integers(self.LEFT, self.RIGHT + 1, len(forks))
+        self.forks = dict(zip(forks, sides.tolist()))
         self.drop = self.DROP + int(rng.integers(4))
         self.position, self.packages = 0, 3 * len(goals)
         return goals
@@ -1250,17 +1264,88 @@ class Delivery(Instructed):
         return f"deliver to {goal[0]}"
 
     def render(self):
-        """The road as a ring that begins in the south and goes clockwise, forks as squares."""
-        picture = np.full((256, 256, 3), GROUND, np.uint8)
+        """The road as a ring: cell 0 is in the south, it goes clockwise, forks are squares.
+
+        In the middle the packages that are left.
+        """
+        picture = np.full((256, 256, 3), WALL, np.uint8)
+        size = min(2 * math.pi * 104 / self.length, 48)  # of a cell
+
+        def place(cell, radius=104):
+            angle = 2 * math.pi * cell / self.length
+            return 128 + radius * math.cos(angle), 128 - radius * math.sin(angle)
+
+        for cell in range(self.length):
+            fill = fill_square if cell in self.forks else fill_disc
+            fill(picture, *place(cell), 0.4 * size, FORK if cell in self.forks else FLOOR)
+        for i in reversed(range(self.goals)):
+            y, x = place(self.instruction[i, 0])
+            fill_disc(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
+            write_digit(picture, y, x, i + 1, size)
+        for i in range(self.packages):
+            fill_square(picture, 108 + 20 * (i // 4), 98 + 20 * (i % 4), 7, DOOR)
+        fill_disc(picture, *place(self.position, 104 - size), 0.4 * size, AGENT)
         return picture
 
 
-# ---- 10. The list ---------------------------------------------------------------------------
+# ---- 10. Pictures ---------------------------------------------------------------------------
+# Just enough to draw the worlds above with numpy: uint8 (H, W, 3), about 256 pixels wide.
+
+FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (30, 90, 220)
+KEY, DOOR, FORK = (240, 180, 20), (150, 95, 50), (170, 120, 220)
+DIGITS = {  # 3 x 5 pixels, row by row
+    1: "010110010010111", 2: "111001111100111", 3: "111001111001111", 4: "101101111001001",
+    5: "111100111001111"}
+
+
+def draw_cells(wall):
+    """A picture of this grid, and the size of one cell in pixels."""
+    size = max(1, 256 // max(np.shape(wall)))
+    picture = np.array([FLOOR, WALL], np.uint8)[np.array(wall, int)]
+    return picture.repeat(size, axis=0).repeat(size, axis=1), size
+
+
+def centre(cell, size):
+    return (cell[0] + 0.5) * size, (cell[1] + 0.5) * size
+
+
+def fill_square(picture, y, x, half, colour):
+    top, left = round(max(y - half, 0)), round(max(x - half, 0))
+    picture[top:round(y + half), left:round(x + half)] = colour
+
+
+def fill_disc(picture, y, x, radius, colour):
+    rows, columns = np.ogrid[:picture.shape[0], :picture.shape[1]]
+    picture[(rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius ** 2] = colour
+
+
+def write_digit(picture, y, x, digit, size):
+    """As large as fits into a square of this size."""
+    scale = max(1, int(size * 0.8) // 5)
+    glyph = np.array([*DIGITS[digit]], int).reshape(5, 3).repeat(scale, 0).repeat(scale, 1)
+    top, left = round(y - 2.5 * scale), round(x - 1.5 * scale)
+    there = picture[top:top + 5 * scale, left:left + 3 * scale]
+    there[glyph[:there.shape[0], :there.shape[1]] == 1] = (0, 0, 0)
+
+
+def goal_colour(number, progress):
+    """Grey: done; red: the next one; yellow: later."""
+    return (165, 165, 165) if number < progress else (
+        (240, 100, 90) if number == progress else (250, 210, 90))
+
+
+# ---- 11. The list --------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
 SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,
           "tmaze": TMaze, "wind": Wind, "cheetah": cheetah_env, "metaworld": metaworld_env,
           "maze": Maze, "delivery": Delivery}
+
+
+NEEDS = {  # what an agent needs there that plain RL lacks
+    "popgym": "memory", "gym": "", "meta": "adaptation", "darkkey": "memory, adaptation",
+    "tmaze": "memory", "wind": "adaptation", "cheetah": "adaptation", "metaworld": "adaptation",
+    "maze": "memory, instructions", "delivery": "memory, adaptation, instructions"}
 
 
 def list_envs():
@@ -1269,6 +1354,18 @@ def list_envs():
         yield name, POPGYM[split_difficulty(name.removeprefix("popgym:"))[0]][-1]
     yield "gym:CartPole-v1", "any gymnasium id; ?horizon=n and the environment's own options"
     yield "meta:gym:CartPole-v1?episodes=2", "k episodes of one task in one rollout, any name"
+    yield "darkkey:9x9", "find a hidden key, then a hidden door, again and again; any size"
+    yield "darkkey:8x8?fixed_start=true", "the same, always from the corner"
+    yield "tmaze:100", "at the end of a corridor, turn as the first observation said; any length"
+    yield "wind:", "hold a place against an unknown wind"
+    if importlib.util.find_spec("mujoco"):
+        yield "cheetah:vel", "run at a hidden speed, 3 episodes of 200 steps"
+    if importlib.util.find_spec("metaworld"):
+        yield "metaworld:reach?episodes=2", "a robot arm and a hidden goal, any of ML1's 50 tasks"
+        yield "metaworld:ML45?episodes=2", "45 classes of such tasks"
+    for size in ("7x7", "15x15", "31x31"):
+        yield f"maze:{size}", "visit cells of a new maze in order; ?goals=5&rewired=1&position=0"
+    yield "delivery:30", "deliver packages along a road of forks, in order; any length"
 
 
 def describe(name):
@@ -1277,28 +1374,134 @@ def describe(name):
     known = {key: f"{value:.3f}" for key, value in env.references.items()}
     return {"name": env.name, "observation": space_text(env.observation_space),
             "action": space_text(env.action_space), "horizon": str(env.horizon),
-            **{key: known.get(key, "-") for key in ("random", "best", "paper")}}
+            **{key: known.get(key, "-") for key in ("random", "best", "paper")},
+            "needs": NEEDS[env.name.partition(":")[0]] or "-"}
 
 
 def space_text(space):
     if isinstance(space, spaces.Dict):
-        return " + ".join(map(space_text, space.values()))
+        return " + ".join("instruction " + "x".join(map(str, part.shape)) if key == "instruction"
+                          else space_text(part) for key, part in space.items())
     if isinstance(space, spaces.Box):
         return ("image " if is_image(space) else "vector ") + "x".join(map(str, space.shape))
     sizes = [space.n] if isinstance(space, spaces.Discrete) else space.nvec
     return "one of " + "x".join(map(str, sizes))
 
 
+def steps_per_second(name, seconds=0.3):
+    """Of random actions in this process, resets included."""
+    env = make_env(name, seed=0)
+    actions = itertools.cycle([env.action_space.sample() for _ in range(1000)])
+    env.reset()
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for action in itertools.islice(actions, 100):
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+        steps += 100
+    return steps / (time.perf_counter() - start)
+
+
+def play(env, seed=None):
+    """A person acts with the keyboard, or a pipe does: `echo wwd | python envs.py NAME --play`."""
+    keys = getattr(env, "keys", {})
+    if not keys and isinstance(env.action_space, spaces.Discrete) and env.action_space.n <= 10:
+        keys = {str(action): action for action in range(env.action_space.n)}
+    if not keys:
+        raise ValueError(f"{env.name} has no keys to play it with: its actions are "
+                         f"{space_text(env.action_space)}")
+    names = " ".join("space" if key == " " else key for key in keys)
+    observation, _ = env.reset(seed=seed)
+    show_to_person(env, observation, f"keys: {names} (or arrows); q quits")
+    total = steps = 0
+    while typed := read_keys():
+        for key in typed:
+            if key == "q":
+                return
+            if key not in keys:
+                continue
+            observation, reward, terminated, truncated, info = env.step(keys[key])
+            total, steps = total + reward, steps + 1
+            show_to_person(env, observation, f"step {steps} of at most {env.horizon}: "
+                           f"key {key!r}, reward {reward:g}, return {total:g}")
+            if terminated or truncated:
+                won = f", success {info['success']:g}" if "success" in info else ""
+                print(f"the end: return {total:g}{won}")
+                return
+
+
+def show_to_person(env, observation, message):
+    if sys.stdout.isatty():
+        print("\x1b[2J\x1b[H", end="")  # clear the screen
+    if env.render_mode == "rgb_array":
+        columns, lines = shutil.get_terminal_size()
+        print(half_blocks(env.render(), columns, 2 * (lines - 4)))
+    else:
+        print(observation)
+    if hasattr(env, "checklist"):
+        print(env.checklist())
+    print(message, flush=True)
+
+
+def half_blocks(picture, width, height):
+    """A picture for a terminal: each character shows two pixels, one above the other."""
+    scale = min(width / picture.shape[1], height / picture.shape[0], 1.0)
+    for axis in (0, 1):  # mean colours of the pixels that fall together
+        size = max(2, int(picture.shape[axis] * scale)) // 2 * 2
+        edges = np.arange(size) * picture.shape[axis] // size
+        counts = np.diff([*edges, picture.shape[axis]])
+        picture = np.add.reduceat(picture, edges, axis=axis, dtype=np.float64)
+        picture /= counts.reshape((-1, 1, 1) if axis == 0 else (-1, 1))
+    upper, lower = picture[::2].astype(int).tolist(), picture[1::2].astype(int).tolist()
+    return "\n".join("".join(
+        "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*above, *below)
+        for above, below in zip(*rows)) + "\x1b[0m" for rows in zip(upper, lower))
+
+
+def read_keys():
+    """What was typed since the last call, arrows as w, a, s, d; '' at the end of a pipe."""
+    if not sys.stdin.isatty():
+        return sys.stdin.read()
+    import termios  # terminals of Linux and macOS
+    import tty
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)  # keys arrive without Enter
+        typed = os.read(sys.stdin.fileno(), 100).decode(errors="ignore")
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+    for code, letter in zip("ABCD", "wsda"):
+        typed = typed.replace(f"\x1b[{code}", letter)
+    return typed
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
-    name = parser.parse_args(arguments).name
+    parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
+    parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
+    parser.add_argument("--seed", type=int, help="of the episode to play")
+    parser.add_argument("--speed", action="store_true", help="add steps per second on this machine")
+    options = parser.parse_args(arguments)
+    given = {} if options.instruction is None else {"instruction": options.instruction}
     try:
-        rows = [describe(each) for each in ([name] if name else dict(list_envs()))]
+        if not options.name and (options.play or given):
+            raise ValueError("--play and --instruction need the name of an environment")
+        if options.play:
+            play(make_env(options.name, **given), options.seed)
+            return 0
+        rows = [describe(make_env(options.name, **given).name)] if options.name else [
+            describe(name) for name in dict(list_envs())]
     except (ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    if name:
+    except KeyboardInterrupt:
+        return 130
+    if options.speed:
+        for row in rows:
+            row["steps/s"] = f"{steps_per_second(row['name']):,.0f}"
+    if options.name:
         about = dict(list_envs()).get(rows[0]["name"])
         for key, text in {**rows[0], **({"about": about} if about else {})}.items():
             print(f"{key:13}{text}")
@@ -1306,7 +1509,7 @@ def main(arguments=None):
     rows.insert(0, {column: column for column in rows[0]})
     widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
     for row in rows:  # words to the left, numbers to the right
-        words = ("name", "observation", "action")
+        words = ("name", "observation", "action", "needs")
         print(*(text.ljust(widths[column]) if column in words else text.rjust(widths[column])
                 for column, text in row.items()), sep="  ")
     return 0
