@@ -684,7 +684,9 @@ class Instructed(World):
             array = np.asarray(given)
             if array.ndim != 2 or array.shape[1] != self.words or array.dtype.kind not in "iu":
                 raise ValueError(f"an instruction of {self.name} is text or whole numbers of shape "
-                                 f"(goals, {self.words}), not {given!r}")
+                                 f"(goals, {self.words}), not {shorten(str(given))}")
+            if array[len(goal_list(array)):].any():
+                raise ValueError(f"an instruction of {self.name} has a goal after an empty row")
             given = self.format_instruction(array)
         return self.parse_instruction(given)
 
@@ -977,6 +979,13 @@ def metaworld_names():
     return ["metaworld:ML45", *("metaworld:" + task.removesuffix("-v3") for task in tasks)]
 
 
+@functools.cache  # ML45 takes half a minute
+def metaworld_benchmark(name):
+    package = importlib.import_module("metaworld")
+    # seed 0: everybody has the same 50 tasks
+    return package.ML45(seed=0) if name == "ML45" else package.ML1(f"{name}-v3", seed=0)
+
+
 class MetaWorld(gymnasium.Env):
     """A robot arm and an object whose place, or the goal's, only the rewards reveal ([1] 5.1).
 
@@ -991,20 +1000,18 @@ class MetaWorld(gymnasium.Env):
     action_space = spaces.Box(-1, 1, (4,), np.float32)
 
     def __init__(self, name, split):
-        package = importlib.import_module("metaworld")
-        # seed 0: everybody has the same 50 tasks
-        benchmark = (package.ML45(seed=0) if name == "ML45"
-                     else package.ML1(f"{name}-v3", seed=0))
-        self.classes = getattr(benchmark, f"{split}_classes")
-        self.tasks = getattr(benchmark, f"{split}_tasks")
+        self.name, self.split = name, split
         self.built = {}  # simulators are slow to load: only those that are drawn, and once
 
     def reset(self, *, seed=None, options=None):
         rng = np.random.default_rng(seed)
-        name = list(self.classes)[rng.integers(len(self.classes))]
+        benchmark = metaworld_benchmark(self.name)
+        classes = getattr(benchmark, f"{self.split}_classes")
+        name = list(classes)[rng.integers(len(classes))]
         if name not in self.built:
-            self.built[name] = self.classes[name]()
-        tasks = [task for task in self.tasks if task.env_name == name]
+            self.built[name] = classes[name]()
+        tasks = [task for task in getattr(benchmark, f"{self.split}_tasks")
+                 if task.env_name == name]
         self.arm, self.solved = self.built[name], False
         self.arm.set_task(tasks[rng.integers(len(tasks))])
         return self.arm.reset(seed=seed)[0], {}
@@ -1037,7 +1044,6 @@ class Maze(Instructed):
     """
 
     RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
-    action_space = spaces.Discrete(5)
     keys = GRID_KEYS
 
     def __init__(self, size, **options):
@@ -1056,6 +1062,7 @@ class Maze(Instructed):
         self.rows, self.columns = rows, columns
         self.start = (rows - 2, columns // 2)
         self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
+        self.action_space = spaces.Discrete(5)
         self.set_up(name, options, goals, 2, max(rows, columns), vector=spaces.Box(
             0, 1, (6 if self.position_seen else 4,), np.float32))
         self.references = {"best": (1 + goals) / 2}
@@ -1200,7 +1207,6 @@ class Delivery(Instructed):
 
     RANDOM = {30: 0.18}
     FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
-    action_space = spaces.Discrete(8)
     keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
 
     def __init__(self, length, **options):
@@ -1212,6 +1218,7 @@ class Delivery(Instructed):
         self.horizon = 6 * self.length
         name = f"delivery:{self.length}"
         check_options(name, options, ["instruction"])
+        self.action_space = spaces.Discrete(8)
         self.set_up(name, options, 4, 1, self.length, vector=spaces.Box(
             np.zeros(3, np.float32), np.float32([self.length - 1, 12, 1])))
         self.references = {"best": 3.0}
