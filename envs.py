@@ -4,7 +4,8 @@
     env = make_env("popgym:RepeatPrevious", seed=0)      # or "gym:CartPole-v1?horizon=200"
     observation, info = env.reset()                      # or "meta:gym:CartPole-v1?episodes=2"
 
-`python envs.py` prints the table of all names, `python envs.py NAME` the card of one.
+`python envs.py` prints the table of all names, `python envs.py NAME` the card of one, and
+`python envs.py "maze:15x15" --play` lets you play it.
 
 What an agent may rely on, whatever the name:
 
@@ -19,11 +20,10 @@ What an agent may rely on, whatever the name:
     env.max_return  the return that a trained agent can reach (almost) surely, or None
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
-Environments with instructions have {"vector": ..., "instruction": int32 (K, 1 + W)} and more, see
-Instructed.
+With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 + W)}: Instructed.
 
-Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta;
-7 own worlds and instructions; 8 the list.
+Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
+and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures; 11 the list.
 """
 
 import argparse
@@ -617,7 +617,17 @@ def show_instruction(instruction, progress):
 
 
 class Instructed(World):
-    """A world with an instruction; see instruction_reward for the rule.
+    """A world with an instruction, and what relabeling has to know of it:
+
+        env.instruction    int32 (K, W); env.progress: goals done so far
+        info["achieved"]   int32 (n, W), in every step: the goals that it reached, n may be 0;
+                           nothing is reached before the first step; n <= env.max_achieved
+        info["success"]    1.0 or 0.0: all goals done, info["goals_done"]; in the last step alone
+        env.reward, .show  instruction_reward and show_instruction
+        env.parse_instruction, .format_instruction: text <-> (K, W)
+
+    An instruction given to make_env stands for all episodes, one given to reset(options=
+    {"instruction": text or array}) for that one; it is no part of env.episode.
 
     A subclass calls set_up in its constructor, and has instead of draw and act
 
@@ -627,8 +637,6 @@ class Instructed(World):
         look()                    observation without the instruction, {"vector": ...}
         parse_goal(text)          W numbers, ValueError with the nearest right words
         format_goal(numbers)      text; the inverse
-
-    An instruction given to make_env stands for all episodes, one given to reset for that one.
     """
 
     metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
@@ -1212,8 +1220,8 @@ class Delivery(Instructed):
     def __init__(self, length, **options):
         # 6 forks, 4 destinations and cell 0 need room
         if not re.fullmatch("[0-9]{1,4}", length) or int(length) < 11:
-            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the road "
-                             "is a whole number from 11 to 9999; nearest: delivery:30")
+            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the "
+                             "road is a whole number from 11 to 9999; nearest: delivery:30")
         self.length = int(length)
         self.horizon = 6 * self.length
         name = f"delivery:{self.length}"
@@ -1295,7 +1303,7 @@ class Delivery(Instructed):
         return picture
 
 
-# ---- 10. Pictures ---------------------------------------------------------------------------
+# ---- 10. Pictures --------------------------------------------------------------------------
 # Just enough to draw the worlds above with numpy: uint8 (H, W, 3), about 256 pixels wide.
 
 FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (30, 90, 220)
