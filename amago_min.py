@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, Log, Spec, UsageError, catch_signals, nearest,
+from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals, nearest,
                   report_disk_trouble)
 
 VERSION = 2    # of checkpoints
@@ -1094,53 +1094,6 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     return dataclasses.replace(
         trajectory, obs=obs, action=trajectory.action[:T], reward=reward[:T], done=ended[:T],
         reset=trajectory.reset[:T + 1], achieved=reached[:T], success=float(progress == k))
-
-
-class GoalRarity:
-    """Importance sampling of hindsight goals ([1] App. B): what is rarely met teaches most.
-
-        weight(goal) = (-log10 f)^4 in [1e-3, 1e5],    a step weighs the sum of its goals
-
-    f: the share of steps that reached the goal, or that of rollouts, one or the other for a whole
-    relabeling. For each draw the weights are shaped in one of four ways: left out (p = .2), minus
-    their minimum (.1), minus their median (.1), the five largest alone (.6).
-    """
-
-    def __init__(self):
-        self.steps, self.rollouts, self.total = {}, {}, [0, 0]   # goal -> count; of all
-
-    def update(self, achieved):
-        """achieved (T, M, W) of a new rollout."""
-        goals = [tuple(goal) for goal in achieved[achieved[..., 0] != 0].tolist()]
-        for table, found in ((self.steps, goals), (self.rollouts, set(goals))):
-            for goal in found:
-                table[goal] = table.get(goal, 0) + 1
-        self.total = [self.total[0] + len(achieved), self.total[1] + 1]
-
-    def choose(self, reached, steps, h, rng):
-        """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
-        which = int(rng.integers(2))
-        table, total = (self.steps, self.rollouts)[which], max(1, self.total[which])
-        goals = [reached[t][reached[t][:, 0] != 0] for t in steps]
-        share = [np.array([table.get(tuple(goal), 1e-3) for goal in g.tolist()]) / total
-                 for g in goals]
-        weight = [np.clip(np.log10(np.minimum(f, 1)) ** 4, 1e-3, 1e5) for f in share]
-        left, chosen = list(range(len(steps))), []
-        for _ in range(h):
-            p = self.shaped(np.array([weight[i].sum() for i in left]), rng)
-            i = left.pop(rng.choice(len(left), p=p))
-            chosen.append((steps[i], goals[i][rng.choice(len(goals[i]),
-                                                         p=self.shaped(weight[i], rng))]))
-        return [t for t, _ in chosen], [goal for _, goal in chosen]
-
-    @staticmethod
-    def shaped(weight, rng):
-        """Probabilities (n,) from weights (n,)"""
-        kind = rng.choice(4, p=(0.2, 0.1, 0.1, 0.6))
-        shaped = (np.ones_like(weight), weight - weight.min(),
-                  np.maximum(weight - np.median(weight), 1e-5),
-                  np.where(weight >= np.sort(weight)[-5:][0], weight, 0.0))[kind]
-        return shaped / shaped.sum() if shaped.sum() > 0 else np.full(len(weight), 1 / len(weight))
 
 
 # ==================================================================================================
