@@ -936,7 +936,7 @@ def token_arrays(spec, *shape):
     action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
     layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
                   reward=((), np.float32), done=((), bool), reset=((), bool))
-    if spec.instruction:
+    if spec.achieved:
         layout["achieved"] = (spec.achieved, np.int32)
     # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
     return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
@@ -1451,7 +1451,7 @@ def train(config, saved=None):
             with log.timer("acting"):
                 for _, trajectory in collector.receive():
                     buffer.add(trajectory)
-                    if rarity and spec.instruction:
+                    if rarity and spec.achieved:
                         rarity.update(trajectory.achieved)
                     log.returns.append(float(trajectory.reward.sum()))
             log.progress(collector.env_steps)
@@ -1461,7 +1461,7 @@ def train(config, saved=None):
 def relabeler(config, env, rng, rarity):
     """-> the function that ReplayBuffer applies to what it draws, or None. UsageError if --relabel
     asks for what the environment cannot give."""
-    instructed = hasattr(env, "show")
+    instructed = hasattr(env, "max_achieved")
     if config.relabel in ("some", "all") and not instructed:
         raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions to relabel")
     if config.relabel == "none" or not instructed:

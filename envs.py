@@ -1589,7 +1589,7 @@ class Spec:
             parts["vector"], = parts["vector"]
         for name in {"texture", "instruction"} & set(parts):
             parts[name] += (int(space[name].high.max()) + 1,)
-        if "instruction" in parts:
+        if hasattr(env, "max_achieved"):
             parts["achieved"] = (env.max_achieved, parts["instruction"][1] - 1)
         action = env.action_space
         if isinstance(action, gymnasium.spaces.Discrete):
