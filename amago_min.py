@@ -33,7 +33,6 @@ References
     [8] Morad et al. POPGym: Benchmarking Partially Observable RL. ICLR 2023.
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -56,8 +55,8 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals, nearest,
-                  report_disk_trouble)
+from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals,
+                  check_options_of, option, read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
 
@@ -77,13 +76,6 @@ POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
-
-
-def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
-    """A Config field: its default, its help text, what it may be (choices, or low..high), and
-    whether it is free to change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
-                                                            high=high, free=free))
 
 
 @dataclasses.dataclass
@@ -148,17 +140,7 @@ class Config:
                                        " the agent sees the clock ([1], finite horizon)")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
-            rule = field.metadata
-            if rule["choices"] and value not in rule["choices"]:
-                raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
-                                 + nearest(value, rule["choices"]))
-            for x in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
-                    continue
-                limit = rule["high"] if x > rule["low"] else rule["low"]
-                raise UsageError(f"{flag} {x} is out of range; the nearest limit is {limit}")
+        check_options_of(self)
         self.lr = self.lr or SIZES[self.size]["lr"]
         if not self.gammas:
             raise UsageError("--gammas needs at least one number; the last one acts")
@@ -179,14 +161,6 @@ class Config:
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
             raise UsageError(f"--device {name!r} is not here; there is {there}") from None
-
-    def autocast(self):
-        """Whether matrix products run in bfloat16: --amp auto says where that is measurably faster,
-        on a GPU, and on a CPU that has such instructions if the agent is not tiny."""
-        device, wide = self.torch_device().type, SIZES[self.size]["width"] >= 128
-        fast = (torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and wide
-                and torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return fast if self.amp == "auto" else self.amp == "on"
 
 
 def keep_freed_memory():
@@ -548,7 +522,7 @@ class Actor(nn.Module):
 
     def forward(self, s):
         # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
-        out = self.mlp(s.flatten(0, -2))
+        out = self.mlp(s.flatten(0, -2)).float()
         out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
         if self.discrete:
             return distributions.Categorical(logits=out, validate_args=False)
@@ -603,7 +577,8 @@ class Critics(nn.Module):
         # In place on h itself: on a view of it, autograd would copy the whole tensor.
         h = F.leaky_relu(h, inplace=True).view(C, -1, h.shape[-1])       # (C, N or N G, hidden)
         h = F.leaky_relu(torch.baddbmm(biases[1], h, weights[1]), inplace=True)
-        q = torch.baddbmm(biases[2], h, weights[2])                      # (C, rows, outputs)
+        with torch.autocast(s.device.type, enabled=False):               # values in float32
+            q = torch.baddbmm(biases[2], h.float(), weights[2])          # (C, rows, outputs)
         if self.discrete:
             return q.view((C,) + batch + (G, -1)).movedim(0, -3)         # (..., C, G, A)
         if action.dim() == s.dim():
@@ -753,7 +728,7 @@ class Agent(nn.Module):
         super().__init__()
         dims, critics, G = SIZES[config.size], config.critics, len(config.gammas)
         width, hidden = dims["width"], dims["hidden"]
-        self.spec, self.autocast = spec, config.autocast()
+        self.spec = spec
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
         self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
@@ -791,9 +766,7 @@ class Agent(nn.Module):
         return self.actor(s).sample()[:, -1]
 
     def forward(self, batch, pair=None):
-        """`loss`, in bfloat16 where that is faster; what needs float32 asks for it."""
-        with torch.autocast(self.gammas.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.loss(batch, pair)
+        return self.loss(batch, pair)    # DistributedDataParallel and torch.compile wrap calls
 
     def loss(self, batch, pair=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
@@ -1291,6 +1264,11 @@ class Learner:
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
                                            weight_decay=config.weight_decay, fused=True)
+        # bfloat16 where it is faster: on a GPU, and on a CPU with such instructions, unless tiny.
+        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        faster = self.device.type == "cuda" or capable and agent.transformer.width >= 128
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
+            config.amp == "on" or config.amp == "auto" and faster))
         self.forward = torch.compile(agent) if config.compile else agent
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
@@ -1307,7 +1285,8 @@ class Learner:
         rng = np.random.default_rng((self.config.seed, self.updates))
         pair = rng.permutation(self.config.critics)[:2]
         self.agent.train()
-        loss, info = self.forward(batch, torch.from_numpy(pair).to(batch["mask"].device))
+        with self.autocast:
+            loss, info = self.forward(batch, torch.from_numpy(pair).to(self.device))
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1587,47 +1566,17 @@ def resumed_config(given, folder):
 
 # ==================================================================================================
 # 12. Command line
-class Parser(argparse.ArgumentParser):
-    """argparse that complains in one line, with the nearest valid flag."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        if unknown:
-            flags = self._option_string_actions
-            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
-        raise UsageError(message)
-
-
 def parse_command_line(argv=None):
-    """Config from the command line, one flag per field, and the checkpoint that it resumes or None.
-    Raises UsageError."""
-    parser = Parser(prog="amago_min.py", allow_abbrev=False,
-                    description="AMAGO: in-context reinforcement learning in one file.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(Config):
-        value, rule = field.default, field.metadata
-        kind = type(value[0] if isinstance(value, tuple) else value)
-        how = dict(type=kind, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(kind))
-        if isinstance(value, tuple):
-            how.update(nargs="+")
-        elif kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif rule["choices"]:
-            how.update(metavar="|".join(rule["choices"]))
-        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
-                            **how)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    values = vars(parser.parse_args(argv))
-    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
-    given = {name: value for name, value in values.items() if name in words}
+    """-> Config, and the checkpoint that it resumes or None. Raises UsageError."""
+    values, given = read_command_line(Config, "amago_min.py", argv)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    if values["eval"]:
-        unused = given.keys() - {"eval", "episodes", "render", "seed", "device", "threads"}
-        if unused:
-            raise UsageError(f"--eval takes no --{unused.pop().replace('_', '-')}")
-    elif values["render"]:
-        raise UsageError("--render draws a trained agent: it needs --eval FOLDER")
+    with_eval = {"eval", "episodes", "render", "instruction", "seed", "device", "threads"}
+    wrong = sorted(given.keys() - with_eval if values["eval"] else
+                   given.keys() & {"render", "instruction"})
+    if wrong:
+        raise UsageError(f"--{wrong[0].replace('_', '-')} goes {'without' if values['eval'] else 'with'}"
+                         " --eval FOLDER")
     return Config(**values), None
 
 

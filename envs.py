@@ -25,7 +25,8 @@ With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 
 
 Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
 and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures; 11 many side
-by side; 12 what an agent must know; 13 what a run leaves behind; 14 the list.
+by side; 12 what an agent must know; 13 what a run leaves behind; 14 a command line;
+15 the list.
 """
 
 import argparse
@@ -1815,7 +1816,67 @@ def report_disk_trouble():
         tqdm.write(f"not written: {problem}; training goes on, the last checkpoint is intact")
 
 
-# ---- 14. The list --------------------------------------------------------------------------
+# ---- 14. A command line from a dataclass ------------------------------------------------------
+
+
+def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
+    """A Config field: its default, its help text, what it may be (choices, or low..high), and
+    whether it is free to change when a run is resumed."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
+                                                            high=high, free=free))
+
+
+def check_options_of(config):
+    """UsageError if a field of the dataclass `config` breaks the rule that `option` gave it."""
+    for field in dataclasses.fields(config):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
+        rule = field.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
+                             + nearest(value, rule["choices"]))
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
+                continue
+            limit = rule["high"] if x > rule["low"] else rule["low"]
+            raise UsageError(f"{flag} {x} is out of range {rule['low']:g} .. {rule['high']:g}"
+                             + ("" if math.isinf(limit) else f"; the nearest limit is {limit}"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, with the nearest valid flag."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown:
+            flags = self._option_string_actions
+            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
+        raise UsageError(message)
+
+
+def read_command_line(kind, program, argv=None):
+    """One flag per field of the dataclass `kind` -> {field: value}, and only those written down."""
+    parser = Parser(prog=program, allow_abbrev=False,
+                    description="AMAGO: in-context reinforcement learning in one file.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(kind):
+        value, rule = field.default, field.metadata
+        of = type(value[0] if isinstance(value, tuple) else value)
+        how = dict(type=of, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(of))
+        if isinstance(value, tuple):
+            how.update(nargs="+")
+        elif of is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif rule["choices"]:
+            how.update(metavar="|".join(rule["choices"]))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
+                            **how)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    values = vars(parser.parse_args(argv))
+    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
+    return values, {name: value for name, value in values.items() if name in words}
+
+
+# ---- 15. The list --------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
 SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,
