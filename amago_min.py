@@ -742,7 +742,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_targets(self, tau):
         """target <- (1 - tau) target + tau online, for the heads only."""
-        for target, online in ((self.target_actor, self.actor), (self.target_critics, self.critics)):
+        for target, online in ((self.target_actor, self.actor),
+                               (self.target_critics, self.critics)):
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
     @torch.no_grad()
@@ -922,10 +923,12 @@ class ReplayBuffer:
     one slice per rollout and array, with no Python loop over time steps.
 
     relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
+    rarity: a GoalRarity, which counts the goals of every rollout that comes in.
     """
 
-    def __init__(self, spec, capacity, rng, relabel=None):
-        self.spec, self.capacity, self.rng, self.relabel = spec, capacity, rng, relabel
+    def __init__(self, spec, capacity, rng, relabel=None, rarity=None):
+        self.spec, self.capacity, self.rng = spec, capacity, rng
+        self.relabel, self.rarity = relabel, rarity
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
@@ -957,6 +960,8 @@ class ReplayBuffer:
         self._evict(self.write, self.write + size)
         here = slice(self.write, self.write + size)
         each(lambda store, x: np.copyto(store[here], x), self.tokens, trajectory.tokens())
+        if self.rarity:
+            self.rarity.update(trajectory.achieved)
         slot = (self.first + self.count) % len(self.starts)
         self.starts[slot], self.lengths[slot] = self.write, size - 1
         self.count += 1
@@ -1002,13 +1007,16 @@ class ReplayBuffer:
         starts, lengths = self.starts[order], self.lengths[order]
         used = max(starts + lengths + 1, default=0)
         return dict(tokens=each(lambda x: x[:used], self.tokens), starts=starts, lengths=lengths,
-                    write=self.write, replayed=self.replayed)
+                    write=self.write, replayed=self.replayed,
+                    rarity=json.dumps(self.rarity and self.rarity.state()))
 
     def restore(self, state):
         self.first, self.count = 0, len(state["starts"])
         self.write, self.replayed = state["write"], state["replayed"]
         self.starts[:self.count], self.lengths[:self.count] = state["starts"], state["lengths"]
         each(lambda mine, saved: np.copyto(mine[:len(saved)], saved), self.tokens, state["tokens"])
+        if self.rarity:
+            self.rarity.restore(json.loads(state["rarity"]))
 
 
 # ==================================================================================================
@@ -1125,7 +1133,7 @@ class Collector:
         self.tokens = token_arrays(self.spec, n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
-        self.env_steps = 0                               # on all processes of the run
+        self.env_steps, self.waiting = 0, False          # env_steps: of all processes of the run
         for i, first in enumerate(self.envs.call("begin_all")):
             self._begin(i, *first)
 
@@ -1144,6 +1152,7 @@ class Collector:
         self.time += 1
         self.tokens["action"][self.rows, self.time] = action
         self.envs.send("step", self.spec.to_env(action))
+        self.waiting = True
 
     def receive(self):
         """End the step. -> [(environment, Trajectory)] of the rollouts that just ended"""
@@ -1166,6 +1175,7 @@ class Collector:
         self.cache.end_step(ended)
         if self.exploration:
             self.exploration.reset(ended)
+        self.waiting = False
         return finished
 
     def step(self):
@@ -1191,26 +1201,26 @@ class Collector:
                                     episode=self.episode[i])
 
     def state(self):
-        """For a checkpoint. An environment is kept as its episode and the actions since."""
+        """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
+        if self.waiting:
+            return dict(env_steps=self.env_steps)
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
                     env_steps=self.env_steps, multiplier=self.exploration.multiplier,
                     keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
-                    envs=json.dumps(self.envs.call("state")))
+                    envs=json.dumps(self.envs.call("state")), episode=json.dumps(self.episode))
 
     def restore(self, state):
-        each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
-             state["tokens"])
-        self.time, self.env_steps = np.array(state["time"]), state["env_steps"]
-        self.exploration.multiplier = np.array(state["multiplier"])
-        self.cache.keys.copy_(state["keys"])
-        self.cache.values.copy_(state["values"])
-        self.cache.length = np.array(state["length"])
-        self.cache.begin_step()
-        saved = json.loads(state["envs"])
-        self.episode = [episode for episode, _ in saved]
-        actions = (self.spec.to_env(self.tokens["action"][i, 1:t + 1])
-                   for i, t in enumerate(self.time))
-        self.envs.call("restore", [(*env, list(a)) for env, a in zip(saved, actions)])
+        self.env_steps = state["env_steps"]
+        if "envs" in state:
+            each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
+                 state["tokens"])
+            self.time, self.episode = np.array(state["time"]), json.loads(state["episode"])
+            self.exploration.multiplier = np.array(state["multiplier"])
+            self.cache.keys.copy_(state["keys"])
+            self.cache.values.copy_(state["values"])
+            self.cache.length = np.array(state["length"])
+            self.cache.begin_step()
+            self.envs.call("restore", json.loads(state["envs"]))
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
@@ -1360,7 +1370,7 @@ def gather_on_rank_0(x):
 
 def describe_batch(batch, loss, norm, updates):
     """One line on the batch that broke the loss: the ranges of its arrays."""
-    arrays = dict(batch["tokens"], **batch["tokens"]["obs"], mask=batch["mask"])
+    arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
     ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
               for name, x in arrays.items() if name != "obs")
     return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
@@ -1384,13 +1394,12 @@ def train(config, saved=None):
         env = environments.make_env(config.env)
     except ValueError as problem:                             # an unknown name or option
         raise UsageError(problem) from problem
-    spec, goal = Spec.of(env), stopping_return(config, env)
+    spec = Spec.of(env)
     agent = Agent(spec, config).to(device).eval()
     torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
     rng = np.random.default_rng((config.seed, rank))
     learner = Learner(agent, config)
-    rarity = GoalRarity() if config.importance else None
-    buffer = ReplayBuffer(spec, config.buffer_steps, rng, relabeler(config, env, rng, rarity))
+    buffer = ReplayBuffer(spec, config.buffer_steps, rng, *hindsight(config, env, rng))
     exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
     # Training and evaluation draw their environments' seeds from ranges that never meet.
     train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
@@ -1398,8 +1407,7 @@ def train(config, saved=None):
                           train_seed + 10_000 * rank, exploration, config.bootstrap_truncated,
                           config.workers)
     parameters = sum(p.numel() for p in learner.trainable)
-    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", goal,
-              writes=rank == 0)                               # from here on things are written
+    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", rank == 0)
     run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
     if saved:
         restore_run(run, saved)
@@ -1411,7 +1419,7 @@ def train(config, saved=None):
                 score = evaluate(learner.average, config.env, config.episodes, config.context,
                                  eval_seed)                   # the same in every process
                 log.row(score, steps, learner.updates)
-                if sum_over_ranks(over or score["return_mean"] >= goal):
+                if sum_over_ranks(over or score["return_mean"] >= log.goal):
                     return log.folder
             if sum_over_ranks(log.checkpoint_due()):
                 save_run(log.folder, run)
@@ -1430,30 +1438,21 @@ def train(config, saved=None):
             with log.timer("acting"):
                 for _, trajectory in collector.receive():
                     buffer.add(trajectory)
-                    if rarity and spec.achieved:
-                        rarity.update(trajectory.achieved)
                     log.returns.append(float(trajectory.reward.sum()))
             log.progress(collector.env_steps)
         raise KeyboardInterrupt("everything is saved; --resume continues")
 
 
-def relabeler(config, env, rng, rarity):
-    """-> the function that ReplayBuffer applies to what it draws, or None. UsageError if --relabel
-    asks for what the environment cannot give."""
-    instructed = hasattr(env, "max_achieved")
-    if config.relabel in ("some", "all") and not instructed:
-        raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions to relabel")
-    if config.relabel == "none" or not instructed:
-        return None
+def hindsight(config, env, rng):
+    """-> what ReplayBuffer takes to relabel what it draws. UsageError if --relabel asks for what
+    the environment cannot give."""
+    if not hasattr(env, "max_achieved"):
+        if config.relabel in ("some", "all"):
+            raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions")
+        return None, None
+    rarity = GoalRarity() if config.importance else None
     scheme = "some" if config.relabel == "auto" else config.relabel
-    return lambda trajectory: relabel(trajectory, env.reward, env.show, rng, scheme, rarity)
-
-
-def stopping_return(config, env):
-    """The mean return at which training stops; inf if it goes on until --env-steps."""
-    if config.target_return == "auto" and env.max_return is not None:
-        return env.max_return - 0.01 * abs(env.max_return)
-    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
+    return (lambda x: relabel(x, env.reward, env.show, rng, scheme, rarity)), rarity
 
 
 # ==================================================================================================
@@ -1575,8 +1574,8 @@ def parse_command_line(argv=None):
     wrong = sorted(given.keys() - with_eval if values["eval"] else
                    given.keys() & {"render", "instruction"})
     if wrong:
-        raise UsageError(f"--{wrong[0].replace('_', '-')} goes {'without' if values['eval'] else 'with'}"
-                         " --eval FOLDER")
+        how = "does not go with" if values["eval"] else "goes with"
+        raise UsageError(f"--{wrong[0].replace('_', '-')} {how} --eval FOLDER")
     return Config(**values), None
 
 

@@ -769,6 +769,14 @@ class GoalRarity:
                 table[goal] = table.get(goal, 0) + 1
         self.total = [self.total[0] + len(achieved), self.total[1] + 1]
 
+    def state(self):
+        """As plain data, for a checkpoint."""
+        return [*(list(table.items()) for table in (self.steps, self.rollouts)), self.total]
+
+    def restore(self, state):
+        self.steps, self.rollouts = ({tuple(goal): n for goal, n in table} for table in state[:2])
+        self.total = state[2]
+
     def choose(self, reached, steps, h, rng):
         """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
         which = int(rng.integers(2))
@@ -1427,11 +1435,12 @@ class Shard:
         self.name, self.first = name, first
         self.envs = [make_env(name, seed=seed) for seed in seeds]
         self.time = [0] * len(self.envs)
+        self.actions = [[] for _ in self.envs]            # since the episode began
 
     def begin(self, i, options=None):
         """Reset environment i -> (first observation, env.episode)"""
         observation, _ = self.envs[i].reset(options=options)
-        self.time[i] = 0
+        self.time[i], self.actions[i] = 0, []
         self.check(i, observation)
         return observation, self.envs[i].episode
 
@@ -1445,6 +1454,7 @@ class Shard:
         for i, (env, action) in enumerate(zip(self.envs, actions)):
             observation, reward, terminated, truncated, info = env.step(action)
             self.time[i] += 1
+            self.actions[i].append(action)
             self.check(i, observation)
             if not np.isfinite(reward):
                 raise self.broken(i, f"the reward is {reward}")
@@ -1456,17 +1466,23 @@ class Shard:
         return results
 
     def state(self, _=None):
-        """-> per environment (episode, state of the generator that draws the next episodes)"""
-        return [(env.episode, env.np_random.bit_generator.state) for env in self.envs]
+        """-> per environment its episode, the actions since it began, and the state of the generator
+        that draws the next episodes: all it takes to be where it is, as plain data"""
+        return [(env.episode, np.array(actions).tolist(), env.np_random.bit_generator.state)
+                for env, actions in zip(self.envs, self.actions)]
 
     def restore(self, states):
-        """states: per environment what `state` gave, and the actions since the episode began."""
-        for i, (episode, generator, actions) in enumerate(states):
+        """The inverse: begin each episode again, and take the same actions."""
+        for i, (episode, actions, generator) in enumerate(states):
+            env = self.envs[i]
             self.begin(i, {"episode": episode})
             for action in actions:
-                self.envs[i].step(action)
+                if not isinstance(env.action_space, spaces.Discrete):
+                    action = np.array(action, env.action_space.dtype)
+                env.step(action)
+                self.actions[i].append(action)
             self.time[i] = len(actions)
-            self.envs[i].np_random.bit_generator.state = generator
+            env.np_random.bit_generator.state = generator
 
     def check(self, i, observation):
         space = self.envs[i].observation_space
@@ -1636,17 +1652,18 @@ COLUMNS = {
 class Log:
     """The files of one run, and the table on the console. Nothing is written before it is made."""
 
-    def __init__(self, config, env, agent, goal, writes=True):
-        """agent: a line on it for the console; goal: the return that ends the run; writes: False
-        in all but the first of several processes."""
+    def __init__(self, config, env, agent, writes=True):
+        """agent: a line on it for the console; writes: False in all but the first of several
+        processes."""
         self.config, self.env, self.writes = config, env, writes
+        self.goal = stopping_return(config, env)
         self.rows, self.next_eval = [], 0
         self.returns, self.sums, self.count = [], {}, 0       # since the last row
         self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
         self.saved_at = time.monotonic()
         self.folder = Path(config.resume) if config.resume else output_folder(config)
         known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
-        until = f"return {goal:g} or " if goal < math.inf else ""
+        until = f"return {self.goal:g} or " if self.goal < math.inf else ""
         self.header = (
             f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
             f"{agent}; until {until}{config.env_steps:,} env steps\n\n"
@@ -1753,6 +1770,13 @@ class Log:
 
     def restore(self, state):
         vars(self).update(state)
+
+
+def stopping_return(config, env):
+    """The mean return at which training stops; inf if it goes on until --env-steps."""
+    if config.target_return == "auto" and env.max_return is not None:
+        return env.max_return - 0.01 * abs(env.max_return)
+    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
 
 
 def output_folder(config):

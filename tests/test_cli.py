@@ -119,7 +119,7 @@ def test_the_goal_is_one_percent_below_the_maximum():
     for best, goal in ((1, 0.99), (-100, -101), (None, math.inf)):
         env = Probe()
         env.max_return = best
-        assert am.stopping_return(am.Config(), env) == pytest.approx(goal)
+        assert am.environments.stopping_return(am.Config(), env) == pytest.approx(goal)
 
 
 def test_every_step_is_replayed_as_often_as_asked(tmp_path, monkeypatch):
