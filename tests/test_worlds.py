@@ -500,6 +500,7 @@ def test_instructions_as_text(name, text, array):
         same(env.instruction, array)
     env.reset(seed=1)  # for that one episode only
     same(env.instruction, make_env(name).reset(seed=1)[0]["instruction"][:, 1:])
+    assert make_env(name, instruction=parsed).name == make_env(name, instruction=text).name
     fixed = make_env(name, instruction=text)
     for _ in range(2):
         fixed.reset()
