@@ -937,7 +937,9 @@ class TMaze(World):
         check_options(self.name, options, ())
         self.observation_space = spaces.Box(np.float32([0, -1]), np.float32([1, 1]))
         self.action_space = spaces.Discrete(4)
-        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0, "paper": 1.0}
+        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0}
+        if self.length <= 10_000:
+            self.references["paper"] = 1.0
         self.max_return = 1.0
 
     def draw(self, rng):
@@ -1124,34 +1126,35 @@ class Maze(Instructed):
                  paper: 15x15 97 %, without position 91 %; 31x31 ("30x30") 72 %, rewired 68 %
     """
 
+    DEFAULTS = {"goals": 3, "position": True, "rewired": False}
     RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
     keys = GRID_KEYS
 
     def __init__(self, size, **options):
         rows, columns = (2 * (n // 2) + 1 for n in grid_size("maze", size, 5))
         name = f"maze:{rows}x{columns}"
-        check_options(name, options, ["goals", "instruction", "position", "rewired"])
-        goals = positive_int(name, "goals", options.get("goals", 3))
+        check_options(name, options, [*self.DEFAULTS, "instruction"])
+        options = {**self.DEFAULTS, **options}
+        goals = positive_int(name, "goals", options["goals"])
         if goals > 5:
             raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
-        self.rewired = flag(name, "rewired", options.get("rewired", False))
-        self.position_seen = flag(name, "position", options.get("position", True))
-        defaults = {"goals": 3, "rewired": False, "position": True}
-        canonical = {"goals": goals, "rewired": self.rewired, "position": self.position_seen}
-        options = {**options, **canonical}
-        options = {key: value for key, value in options.items() if value != defaults.get(key)}
+        for key in ("position", "rewired"):
+            options[key] = flag(name, key, options[key])
+        self.position_seen, self.rewired = options["position"], options["rewired"]
+        written = {key: value for key, value in options.items()
+                   if key == "instruction" or value != self.DEFAULTS[key]}
         self.rows, self.columns = rows, columns
         self.start = (rows - 2, columns // 2)
         self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
         self.action_space = spaces.Discrete(5)
-        self.set_up(name, options, goals, 2, max(rows, columns), vector=spaces.Box(
+        self.set_up(name, written, goals, 2, max(rows, columns), vector=spaces.Box(
             0, 1, (6 if self.position_seen else 4,), np.float32))
         self.references = {"best": (1 + goals) / 2}
         if goals == 3 and (rows, columns) in self.RANDOM:
             self.references["random"] = self.RANDOM[rows, columns]
         if self.fixed is not None or goals == 1:
-            count = 1 if self.fixed is None else len(goal_list(self.fixed))
-            self.references, self.max_return = {"best": float(count)}, float(count)
+            self.max_return = 1.0 if self.fixed is None else float(len(goal_list(self.fixed)))
+            self.references = {"best": self.max_return}
 
     def begin_world(self, rng, goals):
         wall = draw_maze(self.rows, self.columns, rng)
