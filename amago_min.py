@@ -36,7 +36,6 @@ References
 import contextlib
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -55,8 +54,8 @@ from torch import distributions
 
 import envs as environments
 from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, UsageError,
-                  catch_signals, check_options_of, each, keep_freed_memory, option, read_command_line,
-                  report_disk_trouble)
+                  catch_signals, check_options_of, each, keep_freed_memory, option,
+                  read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
 
@@ -183,26 +182,12 @@ class SigmaLinear(nn.Module):
         left, _, right = torch.linalg.svd(self.weight.detach(), full_matrices=False)
         self.register_buffer("u", left[:, 0].clone())    # (d_out,)
         self.register_buffer("v", right[0].clone())      # (d_in,)
-        self.kept = (None, None)                         # W_hat for acting, see below
-
-    def scaled_weight(self):
-        """W_hat (d_out, d_in). Acting takes many steps with the same weights, so it is kept, until
-        a forward that may be learned from, train(), eval(), or a visible change of its tensors."""
-        if self.training or torch.is_grad_enabled():
-            self.kept = (None, None)
-            return self._scaled_weight()
-        state = [(x.data_ptr(), x._version) for x in (self.weight, self.gamma, self.u, self.v)]
-        if self.kept[0] != state:
-            self.kept = state, self._scaled_weight()
-        return self.kept[1]
-
-    def train(self, mode=True):
-        self.kept = (None, None)     # a fused optimiser's step does not show in `_version`
-        return super().train(mode)
+        self.kept = None                                 # W_hat, see keep
 
     @torch.autocast("cuda", enabled=False)               # sigma is a float32 number
     @torch.autocast("cpu", enabled=False)
-    def _scaled_weight(self):
+    def scaled_weight(self):
+        """W_hat (d_out, d_in): the weight that is really applied."""
         u, v = self.u, self.v
         if self.training:
             with torch.no_grad():
@@ -218,7 +203,12 @@ class SigmaLinear(nn.Module):
         return self.weight * (self.gamma / (w_u @ v))
 
     def forward(self, x):
-        return F.linear(x, self.scaled_weight(), self.bias)
+        weight = self.scaled_weight() if self.kept is None else self.kept
+        return F.linear(x, weight, self.bias)
+
+    def keep(self):
+        """Compute W_hat once for many steps, where weights only act. Call it when they change."""
+        self.kept = self.scaled_weight().detach()
 
 
 class KVCache:
@@ -735,6 +725,12 @@ class Agent(nn.Module):
         self.popart.w.fill_(1.0)
         self.popart.b.zero_()
 
+    def keep(self):
+        """For an agent that only acts, see SigmaLinear.keep."""
+        for layer in self.modules():
+            if isinstance(layer, SigmaLinear):
+                layer.keep()
+
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
         return self.transformer(self.encoder(tokens, mask), tokens["time"], cache)
@@ -1195,13 +1191,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
                     played.append(trajectory)
                 left[i] -= 1
     agent.train(was_training)
-    returns = [float(trajectory.reward.sum()) for trajectory in played]
-    inner = itertools.zip_longest(
-        *([part.sum() for part in np.split(x.reward, 1 + np.flatnonzero(x.reset[1:-1]))]
-          for x in played), fillvalue=math.nan)
-    return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
-                success=float(np.mean([trajectory.success for trajectory in played])),
-                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+    return environments.summary(played)
 
 
 # ==================================================================================================
@@ -1254,7 +1244,7 @@ class Learner:
         if not torch.isfinite(loss + norm):
             for x, old in zip(self.agent.buffers(), before):
                 x.copy_(old)
-            raise NonFiniteLoss(describe_batch(batch, loss, norm, self.updates))
+            raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
         self.optimizer.step()
@@ -1271,6 +1261,7 @@ class Learner:
         torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
         for x, y in zip(average.buffers(), agent.buffers()):
             x.copy_(y)
+        average.keep()
 
     def state(self):
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
@@ -1280,6 +1271,7 @@ class Learner:
     def restore(self, state):
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
+        self.average.keep()
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.started = state["updates"], state["started"]
 
@@ -1315,15 +1307,6 @@ def gather_on_rank_0(x):
     if world_size() > 1:
         dist.gather_object(x, gathered if process_rank() == 0 else None)
     return gathered
-
-
-def describe_batch(batch, loss, norm, updates):
-    """One line on the batch that broke the loss: the ranges of its arrays."""
-    arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
-    ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
-              for name, x in arrays.items() if name != "obs")
-    return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
-            " batch: " + ", ".join(ranges))
 
 
 def train(config, saved=None):
@@ -1475,6 +1458,7 @@ def load_checkpoint(folder, device="cpu"):
     config, spec = Config(**state["config"]), Spec(**state["spec"])
     agent = Agent(spec, config).to(device).eval()
     agent.load_state_dict(state["learner"]["average"])
+    agent.keep()
     return config, agent, state
 
 
@@ -1482,13 +1466,7 @@ def resumed_config(given, folder):
     """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
     UsageError for an option that may not change."""
     config, agent, state = load_checkpoint(folder)
-    free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
-    for name, value in given.items():
-        if name not in (*free, "resume") and value != getattr(config, name):
-            flags = ", ".join("--" + x.replace("_", "-") for x in free)
-            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
-                             f" {getattr(config, name)!r}); these may: {flags}")
-    config = dataclasses.replace(config, **given)
+    config = environments.changed_options(config, given)
     if Spec.of(environments.make_env(config.env)) != agent.spec:
         raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
     if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):

@@ -1436,6 +1436,15 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
 
 
+def describe_batch(batch, loss, norm, updates):
+    """One line on the batch that broke the loss: the ranges of its arrays."""
+    arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
+    ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
+              for name, x in arrays.items() if name != "obs")
+    return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
+            " batch: " + ", ".join(ranges))
+
+
 class Shard:
     """Environments that step one after the other in one process, every observation checked."""
 
@@ -1816,6 +1825,17 @@ def stopping_return(config, env):
     return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
 
 
+def summary(trajectories):
+    """-> dict(return_mean, return_std, success, episodes, inner_returns), see evaluate."""
+    returns = [float(trajectory.reward.sum()) for trajectory in trajectories]
+    inner = itertools.zip_longest(
+        *([part.sum() for part in np.split(x.reward, 1 + np.flatnonzero(x.reset[1:-1]))]
+          for x in trajectories), fillvalue=math.nan)
+    return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
+                success=float(np.mean([trajectory.success for trajectory in trajectories])),
+                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+
+
 def output_folder(config):
     """--out, or the first free one of runs/<env>-<seed>, runs/<env>-<seed>-2, ...
 
@@ -1901,6 +1921,18 @@ def check_options_of(config):
             limit = rule["high"] if x > rule["low"] else rule["low"]
             raise UsageError(f"{flag} {x} is out of range {rule['low']:g} .. {rule['high']:g}"
                              + ("" if math.isinf(limit) else f"; the nearest limit is {limit}"))
+
+
+def changed_options(config, given):
+    """A copy of `config` with the fields in `given`, {name: value}. UsageError for one that is not
+    free to change when a run is resumed."""
+    free = [field.name for field in dataclasses.fields(config) if field.metadata["free"]]
+    for name, value in given.items():
+        if name not in (*free, "resume") and value != getattr(config, name):
+            flags = ", ".join("--" + x.replace("_", "-") for x in free)
+            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
+                             f" {getattr(config, name)!r}); these may: {flags}")
+    return dataclasses.replace(config, **given)
 
 
 class Parser(argparse.ArgumentParser):
