@@ -909,19 +909,23 @@ class CrafterGame:
 
     # -- looking --
 
-    def tiles(self):
-        """What the screen shows, row by row: uint8 (63,), numbers of TILES."""
+    def screen(self):
+        """-> materials, uint8 (9, 7) by column and row; [((column, row), name of a texture)]"""
         (x, y), world = self.player.pos.tolist(), self.world
         left, top = max(x - 4, 0), max(y - 3, 0)
-        shown = world._mat_map[left:x + 5, top:y + 4].copy()
+        column, row = left - x + 4, top - y + 3  # > 0 where the screen sticks out of the island
+        land = world._mat_map[left:x + 5, top:y + 4]
         beings = world._obj_map[left:x + 5, top:y + 4]
-        for cell in zip(*np.nonzero(beings)):
-            shown[cell] = self.TILE_NUMBER[world._objects[beings[cell]].texture]
-        if shown.shape != (9, 7):
-            screen = np.zeros((9, 7), np.uint8)
-            column, row = left - x + 4, top - y + 3
-            screen[column:column + shown.shape[0], row:row + shown.shape[1]] = shown
-            shown = screen
+        shown = np.zeros((9, 7), np.uint8)
+        shown[column:column + land.shape[0], row:row + land.shape[1]] = land
+        return shown, [((column + i, row + j), world._objects[beings[i, j]].texture)
+                       for i, j in zip(*map(np.ndarray.tolist, np.nonzero(beings)))]
+
+    def tiles(self):
+        """The screen row by row, numbers of TILES: uint8 (63,)."""
+        shown, beings = self.screen()
+        for cell, name in beings:
+            shown[cell] = self.TILE_NUMBER[name]
         return shown.T.ravel()
 
     def look(self, pixels):
@@ -936,20 +940,24 @@ class CrafterGame:
         return (numbers - self.ZERO) / self.UNIT
 
     def picture(self, size):
-        """What the package draws: uint8 (size, size, 3)."""
+        """What the package draws, uint8 (size, size, 3), but all of the ground at once."""
         from crafter import engine
-        world, textures = self.world, crafter_textures()
+        textures, ground = crafter_textures(size // 9)
         unit = np.array((size, size)) // 9
-        night = np.random.default_rng((self.seed, self.time))
-        world.random, kept = night, world.random
-        try:
-            land = engine.LocalView(world, textures, (9, 7))(self.player, unit)
-        finally:
-            world.random = kept
-        items = engine.ItemView(textures, (9, 2))(self.player.inventory, unit)
+        materials, beings = self.screen()
+        land = ground[materials].transpose(0, 2, 1, 3, 4).reshape(*unit * (9, 7), 3)
+        for cell, name in beings:
+            engine._draw_alpha(land, cell * unit, textures.get(name, unit))
+        world = types.SimpleNamespace(area=(64, 64),
+                                      random=np.random.default_rng((self.seed, self.time)))
+        view = engine.LocalView(world, textures, (9, 7))
+        land = view._light(land, self.world.daylight)
+        if self.player.sleeping:
+            land = view._sleep(land)
+        items = crafter_items(size // 9, tuple(self.player.inventory.items()))
         picture = np.zeros((size, size, 3), np.uint8)
-        edge = size % 9 // 2
-        picture[edge:edge + 9 * unit[1], edge:edge + 9 * unit[0]] = np.concatenate(
+        edge, extent = size % 9 // 2, 9 * unit[0]
+        picture[edge:edge + extent, edge:edge + extent] = np.concatenate(
             [land, items], 1).transpose(1, 0, 2)
         return picture
 
@@ -1051,11 +1059,21 @@ def uniform_numbers(random, at_most):
     random.random_sample(at_most - operator.length_hint(numbers))
 
 
-@functools.lru_cache(1)
-def crafter_textures():
-    """One set of pictures for all games: loading them takes as long as 200 steps."""
+@functools.lru_cache(4)
+def crafter_textures(unit):
+    """The package's pictures, one set for all games, and those of the ground (13, unit, unit, 3)."""
     from crafter import constants, engine
-    return engine.Textures(constants.root / "assets")
+    textures = engine.Textures(constants.root / "assets")
+    ground = [np.full((unit, unit, 3), 127, np.uint8)]  # outside of the island
+    ground += [textures.get(name, (unit, unit))[..., :3] for name in constants.materials]
+    return textures, np.stack(ground)
+
+
+@functools.lru_cache(200)
+def crafter_items(unit, inventory):
+    """The package's picture of the inventory, (9 * unit, 2 * unit, 3). Nobody may change it."""
+    from crafter import engine
+    return engine.ItemView(crafter_textures(unit)[0], (9, 2))(dict(inventory), (unit, unit))
 
 
 def crafter_env(name, **options):
