@@ -20,10 +20,11 @@ What an agent may rely on, whatever the name:
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
 Environments with instructions have {"vector": ..., "instruction": int32 (K, 1 + W)} and more, see
-Instructed.
+Instructed. Crafter has {"texture": uint8 (63,)} too: tiles by number, at most the space's high.
 
 Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta;
-7 own worlds and instructions; 8 crafter; 9 the list.
+7 own worlds and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures;
+11 crafter; 12 the list.
 """
 
 import argparse
@@ -35,10 +36,14 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import math
 import operator
+import os
 import random
 import re
+import shutil
 import sys
+import time
 import types
 import warnings
 
@@ -480,7 +485,10 @@ def meta_env(name, **options):
     inner_name = name if ":" in name else "gym:" + name
     if inner_name.startswith("meta:"):
         raise ValueError(f"'meta:{name}' puts meta inside meta; nearest: {name}")
-    return Meta(make_env(inner_name, **options), episodes)
+    inner = make_env(inner_name, **options)
+    name, _, query = inner.name.partition("?")
+    query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
+    return Meta(inner, episodes, f"meta:{name}?{query}")
 
 
 class Meta(gymnasium.Env):
@@ -495,11 +503,8 @@ class Meta(gymnasium.Env):
         ends           no                           as the inner env says
     """
 
-    def __init__(self, inner, episodes):
-        self.inner, self.episodes = inner, episodes
-        name, _, query = inner.name.partition("?")
-        query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
-        self.name = f"meta:{name}?{query}"
+    def __init__(self, inner, episodes, name):
+        self.inner, self.episodes, self.name = inner, episodes, name
         self.horizon = episodes * inner.horizon
         self.observation_space, self.action_space = inner.observation_space, inner.action_space
         self.metadata, self.render_mode = inner.metadata, inner.render_mode
@@ -548,16 +553,14 @@ class World(Seeded):
     A subclass sets name, horizon, observation_space and action_space, and has
 
         draw(rng)      set up a new episode; everything random comes from rng
-        act(action)    one step -> (reward, terminated, info)
+        act(action)    step number self.time, from 1 -> (reward, terminated, info)
         observe()      the observation, in arrays that nobody else holds
 
-    and, if a person can look at it, render() -> uint8 (H, W, 3) and keys = {key: action}.
+    and, if a person can play it, render() -> uint8 (H, W, 3) and keys = {key: action}.
     """
 
-    references, max_return = {}, None
-    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    references, max_return, keys = {}, None, {}
     time, over = 0, True
-    keys = {}
 
     def begin(self, seed, options):
         """`options` go to draw as keyword arguments."""
@@ -573,8 +576,8 @@ class World(Seeded):
             raise gymnasium.error.ResetNeeded(f"{self.name}: the episode is over, call reset()")
         if not self.action_space.contains(action):
             raise ValueError(f"{self.name}: action {action!r} is not in {self.action_space}")
-        reward, terminated, info = self.act(action)
         self.time += 1
+        reward, terminated, info = self.act(action)
         truncated = self.time == self.horizon and not terminated
         self.over = terminated or truncated
         if self.over:
@@ -631,6 +634,7 @@ class Instructed(World):
     An instruction given to make_env stands for all episodes, one given to reset for that one.
     """
 
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
     reward, show = staticmethod(instruction_reward), staticmethod(show_instruction)
     max_achieved = 1  # largest number of goals that one step can reach
 
@@ -670,6 +674,12 @@ class Instructed(World):
 
     def end(self, info):
         info["success"], info["goals_done"] = float(self.progress == self.goals), self.progress
+
+    def checklist(self):
+        """For people: '[x] eat cow  [ ] place plant'"""
+        goals = map(self.format_goal, goal_list(self.instruction))
+        return "  ".join(f"[{'x' if i < self.progress else ' '}] {goal}"
+                         for i, goal in enumerate(goals))
 
     def read_instruction(self, given):
         """Text or array -> (K, W), checked."""
@@ -714,7 +724,620 @@ def shorten(text):
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-# ---- 8. Crafter -----------------------------------------------------------------------------
+# ---- 8. Memory and meta-RL worlds -----------------------------------------------------------
+# Sources are sections and appendices of the AMAGO paper [1].
+
+WEST, NORTH, EAST, SOUTH, STAY = range(5)  # the actions in a grid; row 0 is north, column 0 west
+STEPS = ((0, -1), (-1, 0), (0, 1), (1, 0), (0, 0))
+GRID_KEYS = {"a": WEST, "w": NORTH, "d": EAST, "s": SOUTH, " ": STAY}
+
+
+def grid_size(suite, text, smallest):
+    """'9x9' -> (9, 9)"""
+    match = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", text)
+    rows, columns = map(int, match.groups()) if match else (9, 9)
+    if not match or min(rows, columns) < smallest:
+        raise ValueError(f"unknown environment {suite + ':' + text!r}; sizes are rows x columns, "
+                         f"{smallest} to 999 each; nearest: "
+                         f"{suite}:{max(rows, smallest)}x{max(columns, smallest)}")
+    return rows, columns
+
+
+def flag(name, key, value):
+    if value not in (0, 1):
+        raise ValueError(f"option {key!r} of {name!r} must be true or false, not {value!r}")
+    return bool(value)
+
+
+class DarkKey(World):
+    """`darkkey:9x9`: find a key, then a door, without seeing either ([1] 5.1, App. C.2).
+
+    Rules        Start, key and door are independent uniform cells, the same during the whole
+                 rollout. +1 for the first visit to the key, +1 for a visit to the door with the
+                 key, at most one of the two per step. After the door or 50 steps a new inner
+                 episode begins: back to the start, without the key, info["reset"] is True, and
+                 its first observation takes the place of the last one.
+    Observation  row / rows, column / columns, has the key, step of the inner episode / 50
+    Actions      west, north, east, south, stay; a step against a wall stays
+    Ends         after 500 steps, truncated
+    Options      fixed_start=true: always from cell (0, 0), as in the 8x8 comparison with
+                 Algorithm Distillation
+    Returns      9x9: random 2.7, best known 86 (search cell by cell, the nearest first, then
+                 the shortest way; it would be 101 with eyes open), paper 38 and rising
+    """
+
+    LIMIT = 50
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    # (rows, columns, fixed start): random, best known, paper (its highest, read off the figures)
+    RETURNS = {(9, 9, False): (2.67, 86.3, 38.0), (8, 8, True): (3.24, 83.2, 50.2)}
+    keys = GRID_KEYS
+
+    def __init__(self, size, **options):
+        self.rows, self.columns = grid_size("darkkey", size, 2)
+        name = f"darkkey:{self.rows}x{self.columns}"
+        check_options(name, options, ["fixed_start"])
+        self.fixed_start = flag(name, "fixed_start", options.get("fixed_start", False))
+        self.name = full_name(name, {"fixed_start": True} if self.fixed_start else {})
+        self.horizon = 500
+        known = self.RETURNS.get((self.rows, self.columns, self.fixed_start), ())
+        self.references = dict(zip(("random", "best", "paper"), known))
+        self.observation_space = spaces.Box(0, 1, (4,), np.float32)
+        self.action_space = spaces.Discrete(5)
+
+    def draw(self, rng):
+        cells = rng.integers((self.rows, self.columns), size=(3, 2))
+        self.start, self.key, self.door = map(tuple, cells.tolist())
+        if self.fixed_start:
+            self.start = (0, 0)
+        self.begin_episode()
+
+    def begin_episode(self):
+        self.position, self.has_key, self.inner_time, self.inner_return = self.start, False, 0, 0.0
+
+    def act(self, action):
+        self.position = self.neighbour(action)
+        reward, opened = 0.0, False
+        if not self.has_key and self.position == self.key:
+            self.has_key, reward = True, 1.0
+        elif self.has_key and self.position == self.door:
+            opened, reward = True, 1.0
+        self.inner_time += 1
+        self.inner_return += reward
+        info = {}
+        if opened or self.inner_time == self.LIMIT:
+            info["episode_return"] = self.inner_return
+            if self.time < self.horizon:
+                info["reset"] = True
+                self.begin_episode()
+        return reward, False, info
+
+    def neighbour(self, action):
+        (row, column), (down, right) = self.position, STEPS[action]
+        return (min(max(row + down, 0), self.rows - 1),
+                min(max(column + right, 0), self.columns - 1))
+
+    def observe(self):
+        row, column = self.position
+        return np.array((row / self.rows, column / self.columns, self.has_key,
+                         self.inner_time / self.LIMIT), np.float32)
+
+    def render(self):
+        """Key and door are drawn, though the agent does not see them."""
+        picture, size = draw_cells(np.zeros((self.rows, self.columns), bool))
+        picture[::size] = picture[:, ::size] = PATH  # lines between the cells
+        fill_square(picture, *centre(self.door, size), 0.4 * size, DOOR)
+        if not self.has_key:
+            fill_disc(picture, *centre(self.key, size), 0.4 * size, KEY)
+        fill_disc(picture, *centre(self.position, size), 0.25 * size, AGENT)
+        return picture
+
+
+class TMaze(World):
+    """`tmaze:100`: remember the very first observation until the end ([1] 5.1; Ni et al. 2023).
+
+    Rules        A corridor of H cells to the east ends in a junction, with one cell to its north
+                 and one to its south; one of the two is the goal. The first observation tells
+                 which. 1 if the agent is there after H + 1 steps, which is the earliest possible;
+                 -1/H for each of the first H actions that is not "east".
+    Observation  is at the end (junction or beyond); +1 north, -1 south: where the agent is at the
+                 end, or, in the very first observation alone, the goal
+    Actions      east, north, west, south; a step against a wall stays
+    Ends         after H + 1 steps, terminated: the last one decides
+    Returns      random -.75, best 1 (without memory .5); the paper solves H = 10 000
+    """
+
+    keys = {"d": 0, "w": 1, "a": 2, "s": 3}
+
+    def __init__(self, length, **options):
+        if not re.fullmatch("[0-9]{1,6}", length) or not 1 <= int(length) <= 100_000:
+            raise ValueError(f"unknown environment {'tmaze:' + length!r}; the length of the "
+                             "corridor is a whole number from 1 to 100000; nearest: tmaze:100")
+        self.length = int(length)
+        self.name, self.horizon = f"tmaze:{self.length}", self.length + 1
+        check_options(self.name, options, ())
+        self.observation_space = spaces.Box(np.float32([0, -1]), np.float32([1, 1]))
+        self.action_space = spaces.Discrete(4)
+        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0, "paper": 1.0}
+        self.max_return = 1.0
+
+    def draw(self, rng):
+        self.goal = int(rng.choice((-1, 1)))
+        self.x = self.y = 0
+
+    def act(self, action):
+        along, across = ((1, 0), (0, 1), (-1, 0), (0, -1))[action]
+        if along and self.y == 0:
+            self.x = min(max(self.x + along, 0), self.length)
+        elif across and self.x == self.length:
+            self.y = min(max(self.y + across, -1), 1)
+        if self.time == self.horizon:
+            return float(self.y == self.goal), True, {}
+        return (0.0 if action == 0 else -1.0 / self.length), False, {}
+
+    def observe(self):
+        hint = self.goal if self.time == 0 else 0
+        return np.array((self.x == self.length, self.y or hint), np.float32)
+
+    def end(self, info):
+        info["success"] = float(self.y == self.goal)
+
+
+class Wind(World):
+    """`wind:`: hold a place against an unknown steady wind ([1] 5.1; Ni et al. 2022).
+
+    Rules        A point starts at (0, 0). Each step adds 0.1 x action and the rollout's wind,
+                 uniform in [-.08, .08]^2. 1 for each step that ends within .03 of (0, 1).
+    Observation  position x, y
+    Actions      Box(-1, 1, (2,))
+    Ends         after 75 steps, truncated
+    Returns      random 0, best known 62.1 (straight to the goal, correcting for the wind
+                 that the first step shows); the paper reaches 61 to 62 with a fixed set of winds
+    """
+
+    GOAL, RADIUS = (0.0, 1.0), 0.03
+
+    def __init__(self, name, **options):
+        if name:
+            raise ValueError(f"unknown environment {'wind:' + name!r}; nearest: wind:")
+        self.name, self.horizon = "wind:", 75
+        check_options(self.name, options, ())
+        self.observation_space = spaces.Box(-13.5, 13.5, (2,), np.float32)  # 75 x (.1 + .08)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.references = {"random": 0.0, "best": 62.1, "paper": 61.5}
+
+    def draw(self, rng):
+        self.wind = rng.uniform(-0.08, 0.08, 2).tolist()
+        self.position = (0.0, 0.0)
+
+    def act(self, action):
+        self.position = tuple(here + 0.1 * float(push) + wind for here, push, wind
+                              in zip(self.position, action, self.wind))
+        return float(math.dist(self.position, self.GOAL) < self.RADIUS), False, {}
+
+    def observe(self):
+        return np.array(self.position, np.float32)
+
+
+def cheetah_env(name, **options):
+    """`cheetah:vel`: 3 episodes of 200 steps with one hidden target speed ([1] App. C.2)."""
+    if name != "vel":
+        raise ValueError(f"unknown environment {'cheetah:' + name!r}; nearest: cheetah:vel")
+    check_options("cheetah:vel", options, ())
+    need("mujoco", '"gymnasium[mujoco]"', "cheetah:vel")
+    env = Meta(Adapter(CheetahVelocity(), "cheetah:vel", 200, limit=200), 3, "cheetah:vel")
+    env.references["paper"] = -58.0
+    return env
+
+
+class CheetahVelocity(gymnasium.Wrapper):
+    """Run at a speed that only the rewards reveal.
+
+    Rules        The target is uniform in [0, 3], one per rollout. Reward of a step:
+                 -|speed - target| - .05 |action|^2
+    Observation  gymnasium's HalfCheetah-v5: 17 angles and speeds
+    Actions      Box(-1, 1, (6,)), torques
+    Returns      paper -58 in 3 x 200 steps, without memory -281, with an older simulator
+    """
+
+    def __init__(self):
+        super().__init__(gymnasium.make("HalfCheetah-v5", max_episode_steps=-1,
+                                        disable_env_checker=True, ctrl_cost_weight=0.05))
+
+    def reset(self, *, seed=None, options=None):
+        self.target = np.random.default_rng(seed).uniform(0.0, 3.0)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        reward = info["reward_ctrl"] - abs(info["x_velocity"] - self.target)
+        return observation, reward, terminated, truncated, {}
+
+
+def metaworld_env(name, **options):
+    """`metaworld:reach` (any of ML1's 50 tasks) or `metaworld:ML45`, k episodes of 500 steps.
+
+    Options: episodes=k (2), split=test (train). See MetaWorld.
+    """
+    need("metaworld", "metaworld==3.1.1", "metaworld:" + name)
+    choices = metaworld_names()
+    full = "metaworld:" + name.removesuffix("-v3")
+    if full not in choices:
+        raise ValueError(f"unknown environment {full!r}; {nearest(full, choices)}")
+    check_options(full, options, ["episodes", "split"])
+    episodes = positive_int(full, "episodes", options.get("episodes", 2))
+    split = options.get("split", "train")
+    if split not in ("train", "test"):
+        raise ValueError(f"option 'split' of {full!r} is train or test, not {split!r}")
+    written = {"episodes": episodes, **({"split": "test"} if split == "test" else {})}
+    raw = MetaWorld(full.removeprefix("metaworld:"), split)
+    return Meta(Adapter(raw, full, 500, limit=500), episodes, full_name(full, written))
+
+
+def metaworld_names():
+    if importlib.util.find_spec("metaworld") is None:
+        return []
+    tasks = importlib.import_module("metaworld").ML1.ENV_NAMES
+    return ["metaworld:ML45", *("metaworld:" + task.removesuffix("-v3") for task in tasks)]
+
+
+class MetaWorld(gymnasium.Env):
+    """A robot arm and an object whose place, or the goal's, only the rewards reveal ([1] 5.1).
+
+    Rules        Each rollout draws a class of tasks (ML45: 45 to train, 5 to test), then one of
+                 its 50 tasks. Rewards are the package's own, 0 to 10 per step. info["success"]:
+                 solved at some time in this episode.
+    Observation  39 numbers: gripper and object, now and a step before; the goal is blanked
+    Actions      Box(-1, 1, (4,)): gripper's motion and grip
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (39,), np.float64)
+    action_space = spaces.Box(-1, 1, (4,), np.float32)
+
+    def __init__(self, name, split):
+        package = importlib.import_module("metaworld")
+        # seed 0: everybody has the same 50 tasks
+        benchmark = (package.ML45(seed=0) if name == "ML45"
+                     else package.ML1(f"{name}-v3", seed=0))
+        self.classes = getattr(benchmark, f"{split}_classes")
+        self.tasks = getattr(benchmark, f"{split}_tasks")
+        self.built = {}  # simulators are slow to load: only those that are drawn, and once
+
+    def reset(self, *, seed=None, options=None):
+        rng = np.random.default_rng(seed)
+        name = list(self.classes)[rng.integers(len(self.classes))]
+        if name not in self.built:
+            self.built[name] = self.classes[name]()
+        tasks = [task for task in self.tasks if task.env_name == name]
+        self.arm, self.solved = self.built[name], False
+        self.arm.set_task(tasks[rng.integers(len(tasks))])
+        return self.arm.reset(seed=seed)[0], {}
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.arm.step(action)
+        self.solved = self.solved or bool(info["success"])
+        return observation, reward, terminated, truncated, {"success": self.solved}
+
+
+# ---- 9. Instruction worlds ------------------------------------------------------------------
+
+
+class Maze(Instructed):
+    """`maze:15x15`: visit cells of an unknown maze in the given order ([1] 5.2, App. C.4).
+
+    Rules        Every rollout has a new maze (see draw_maze; an even size is made odd) and goals:
+                 distinct free cells. +1 for each one reached, in order. The agent starts in the
+                 south, in the middle, in a strip that always looks the same.
+    Observation  row / rows, column / columns, then the number of free cells to the west, north,
+                 east and south, / columns or rows; and the instruction
+    Actions      west, north, east, south, stay; a step into a wall stays
+    Ends         terminated with the last goal; truncated after 400 steps in 15x15, 1000 in 31x31,
+                 other sizes on a straight line through these two
+    Instruction  "travel to (row, column)"; a goal inside a wall opens the wall
+    Options      goals=n: 1 to n of them, n = 1..5 (3); rewired=1: the four directions are permuted
+                 anew in every rollout; position=0: the agent does not see where it is
+    Returns      random see RANDOM, best 2 on average, (n + 1) / 2 with goals=n; successes in the
+                 paper: 15x15 97 %, without position 91 %; 31x31 ("30x30") 72 %, rewired 68 %
+    """
+
+    RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
+    action_space = spaces.Discrete(5)
+    keys = GRID_KEYS
+
+    def __init__(self, size, **options):
+        rows, columns = (2 * (n // 2) + 1 for n in grid_size("maze", size, 5))
+        name = f"maze:{rows}x{columns}"
+        check_options(name, options, ["goals", "instruction", "position", "rewired"])
+        goals = positive_int(name, "goals", options.get("goals", 3))
+        if goals > 5:
+            raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
+        self.rewired = flag(name, "rewired", options.get("rewired", False))
+        self.position_seen = flag(name, "position", options.get("position", True))
+        defaults = {"goals": 3, "rewired": False, "position": True}
+        canonical = {"goals": goals, "rewired": self.rewired, "position": self.position_seen}
+        options = {**options, **canonical}
+        options = {key: value for key, value in options.items() if value != defaults.get(key)}
+        self.rows, self.columns = rows, columns
+        self.start = (rows - 2, columns // 2)
+        self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
+        self.set_up(name, options, goals, 2, max(rows, columns), vector=spaces.Box(
+            0, 1, (6 if self.position_seen else 4,), np.float32))
+        self.references = {"best": (1 + goals) / 2}
+        if goals == 3 and (rows, columns) in self.RANDOM:
+            self.references["random"] = self.RANDOM[rows, columns]
+        if self.fixed is not None or goals == 1:
+            count = 1 if self.fixed is None else len(goal_list(self.fixed))
+            self.references, self.max_return = {"best": float(count)}, float(count)
+
+    def begin_world(self, rng, goals):
+        wall = draw_maze(self.rows, self.columns, rng)
+        wiring = rng.permutation(4).tolist() if self.rewired else range(4)
+        self.wiring = [*wiring, STAY]
+        if goals is None:
+            free = ~wall
+            free[self.start] = False
+            cells = np.argwhere(free)
+            count = rng.integers(1, self.max_goals + 1)
+            goals = cells[rng.choice(len(cells), count, replace=False)].tolist()
+        else:
+            open_cells(wall, goals)
+        self.wall, self.views = wall.tolist(), self.all_views(wall)
+        self.position, self.path = self.start, [self.start]
+        return goals
+
+    def all_views(self, wall):
+        """What is seen from every cell, (rows, columns, 6 or 4), so that a step only looks it up.
+
+        Free cells to the west = own column - column of the nearest wall there - 1, and so on.
+        """
+        row, column = np.indices(wall.shape)
+        ahead = np.maximum.accumulate
+        west = column - ahead(np.where(wall, column, 0), axis=1) - 1
+        north = row - ahead(np.where(wall, row, 0), axis=0) - 1
+        # the same from the other end
+        back = np.minimum.accumulate
+        east = back(np.where(wall, column, self.columns)[:, ::-1], axis=1)[:, ::-1] - column - 1
+        south = back(np.where(wall, row, self.rows)[::-1], axis=0)[::-1] - row - 1
+        high, wide = self.rows, self.columns
+        views = [row / high, column / wide, west / wide, north / high, east / wide, south / high]
+        return np.stack(views if self.position_seen else views[2:], axis=-1).astype(np.float32)
+
+    def move(self, action):
+        down, right = STEPS[self.wiring[action]]
+        row, column = self.position[0] + down, self.position[1] + right
+        if not self.wall[row][column]:
+            self.position = (row, column)
+        self.path.append(self.position)
+        return [self.position], False
+
+    def look(self):
+        return {"vector": self.views[self.position].copy()}
+
+    def parse_goal(self, text):
+        match = re.fullmatch(r"travel to \( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text)
+        if not match:
+            raise ValueError(f"unknown goal {shorten(text)}; nearest: travel to (1, 1), as row and "
+                             "column")
+        row, column = map(int, match.groups())
+        if not (1 <= row <= self.rows - 2 and 1 <= column <= self.columns - 2):
+            raise ValueError(f"({row}, {column}) is not inside {self.name}: rows are 1 to "
+                             f"{self.rows - 2}, columns 1 to {self.columns - 2}")
+        return row, column
+
+    def format_goal(self, goal):
+        return f"travel to ({goal[0]}, {goal[1]})"
+
+    def render(self):
+        picture, size = draw_cells(self.wall)
+        for cell in set(self.path):
+            fill_square(picture, *centre(cell, size), 0.25 * size, PATH)
+        for i in reversed(range(self.goals)):  # if two share a cell, the next one is on top
+            y, x = centre(self.instruction[i], size)
+            fill_square(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
+            write_digit(picture, y, x, i + 1, size)
+        fill_disc(picture, *centre(self.position, size), 0.3 * size, AGENT)
+        return picture
+
+
+def draw_maze(rows, columns, rng):
+    """(rows, columns) of bool, True = wall. All free cells are connected.
+
+    Walls grow like hedges from random points with even coordinates, two cells at a time, always to
+    a point without a wall, until they are stuck: so they never close a loop, and nothing is cut
+    off. Then the strip where the agent starts is cleared, and a short corridor built around it.
+    """
+    wall = np.zeros((rows, columns), bool)
+    wall[[0, -1]] = wall[:, [0, -1]] = True
+    wall = wall.tolist()
+    hedges = int(0.75 * (rows // 2) * (columns // 2))
+    points = rng.integers((rows // 2 + 1, columns // 2 + 1), size=(hedges, 2)).tolist()
+    choices = iter(rng.random((rows // 2) * (columns // 2)).tolist())  # one per point at most
+    for row, column in points:
+        row, column = 2 * row, 2 * column
+        wall[row][column] = True
+        while True:
+            free = [(down, right) for down, right in STEPS[:4]
+                    if 0 < row + 2 * down < rows and 0 < column + 2 * right < columns
+                    and not wall[row + 2 * down][column + 2 * right]]
+            if not free:
+                break
+            down, right = free[int(next(choices) * len(free))]
+            for _ in range(2):
+                row, column = row + down, column + right
+                wall[row][column] = True
+    wall = np.array(wall)
+    strip = min(4, rows // 3)
+    wall[-1 - strip:-1, 1:-1] = False
+    wall[-strip:-1, [columns // 2 - 1, columns // 2 + 1]] = True
+    return wall
+
+
+def open_cells(wall, cells):
+    """Clear these cells. Only a point where hedges meet can be closed in on all sides then:
+
+    it gets a way out to the west, to where two free cells become one passage.
+    """
+    for row, column in cells:
+        wall[row, column] = False
+        if all(wall[row + down, column + right] for down, right in STEPS[:4]):
+            wall[row, column - 1] = False
+
+
+class Delivery(Instructed):
+    """`delivery:30`: bring packages to places along a road of forks ([1] 5.2, App. C.3).
+
+    Rules        A round road of L cells. 2 to 6 of them are forks; the same side of a fork is
+                 right during the whole rollout and goes on, the other one leads back to cell 0.
+                 2 to 4 destinations, in the order of the road, none at a fork. One of four ways
+                 to drop a package is right during the whole rollout: with packages left, and not
+                 in cell 0, it delivers one here, +1 if this is the next destination. Any other
+                 drop leads back to cell 0, but at a fork nothing is dropped at all. There are
+                 three packages per destination.
+    Observation  cell, packages left, is at a fork; and the instruction
+    Actions      forward (not at a fork), left, right (only there), drop 1, 2, 3, 4, wait; what is
+                 not possible does nothing
+    Ends         terminated when all is delivered, truncated after 6 L steps
+    Instruction  "deliver to 7"; forks keep away from these cells
+    Returns      random see RANDOM, best 3 on average, which trying and remembering always
+                 reaches; successes in the paper 88 %, without imitation loss 94 %
+    """
+
+    RANDOM = {30: 0.18}
+    FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
+    action_space = spaces.Discrete(8)
+    keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
+
+    def __init__(self, length, **options):
+        # 6 forks, 4 destinations and cell 0 need room
+        if not re.fullmatch("[0-9]{1,4}", length) or int(length) < 11:
+            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the road "
+                             "is a whole number from 11 to 9999; nearest: delivery:30")
+        self.length = int(length)
+        self.horizon = 6 * self.length
+        name = f"delivery:{self.length}"
+        check_options(name, options, ["instruction"])
+        self.set_up(name, options, 4, 1, self.length, vector=spaces.Box(
+            np.zeros(3, np.float32), np.float32([self.length - 1, 12, 1])))
+        self.references = {"best": 3.0}
+        if self.fixed is not None:
+            self.references = {"best": float(len(goal_list(self.fixed)))}
+        elif self.length in self.RANDOM:
+            self.references["random"] = self.RANDOM[self.length]
+
+    def begin_world(self, rng, goals):
+        cells = rng.permutation(np.arange(1, self.length)).tolist()
+        if goals is None:
+            goals = [(cell,) for cell in sorted(cells[:rng.integers(2, 5)])]
+        taken = {cell for cell, in goals}
+        forks = [cell for cell in cells if cell not in taken][:rng.integers(2, 7)]
+        sides = rng.integers(self.LEFT, self.RIGHT + 1, len(forks))
+        self.forks = dict(zip(forks, sides.tolist()))
+        self.drop = self.DROP + int(rng.integers(4))
+        self.position, self.packages = 0, 3 * len(goals)
+        return goals
+
+    def move(self, action):
+        side = self.forks.get(self.position)
+        if action in (self.LEFT, self.RIGHT):
+            if side is not None:
+                self.position = (self.position + 1) % self.length if action == side else 0
+        elif side is None and action == self.FORWARD:
+            self.position = (self.position + 1) % self.length
+        elif side is None and action != self.WAIT:
+            if action == self.drop and self.packages and self.position:
+                self.packages -= 1
+                return [(self.position,)], False
+            self.position = 0
+        return [], False
+
+    def look(self):
+        return {"vector": np.array((self.position, self.packages, self.position in self.forks),
+                                   np.float32)}
+
+    def parse_goal(self, text):
+        match = re.fullmatch("deliver to ([0-9]{1,5})", text)
+        if not match:
+            raise ValueError(f"unknown goal {shorten(text)}; nearest: deliver to 7")
+        cell = int(match[1])
+        if not 1 <= cell < self.length:
+            raise ValueError(f"there is no delivery to cell {cell} of {self.name}: cells are 1 to "
+                             f"{self.length - 1}")
+        return (cell,)
+
+    def format_goal(self, goal):
+        return f"deliver to {goal[0]}"
+
+    def render(self):
+        """The road as a ring: cell 0 is in the south, it goes clockwise, forks are squares.
+
+        In the middle the packages that are left.
+        """
+        picture = np.full((256, 256, 3), WALL, np.uint8)
+        size = min(2 * math.pi * 104 / self.length, 48)  # of a cell
+
+        def place(cell, radius=104):
+            angle = 2 * math.pi * cell / self.length
+            return 128 + radius * math.cos(angle), 128 - radius * math.sin(angle)
+
+        for cell in range(self.length):
+            fill = fill_square if cell in self.forks else fill_disc
+            fill(picture, *place(cell), 0.4 * size, FORK if cell in self.forks else FLOOR)
+        for i in reversed(range(self.goals)):
+            y, x = place(self.instruction[i, 0])
+            fill_disc(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
+            write_digit(picture, y, x, i + 1, size)
+        for i in range(self.packages):
+            fill_square(picture, 108 + 20 * (i // 4), 98 + 20 * (i % 4), 7, DOOR)
+        fill_disc(picture, *place(self.position, 104 - size), 0.4 * size, AGENT)
+        return picture
+
+
+# ---- 10. Pictures ---------------------------------------------------------------------------
+# Just enough to draw the worlds above with numpy: uint8 (H, W, 3), about 256 pixels wide.
+
+FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (30, 90, 220)
+KEY, DOOR, FORK = (240, 180, 20), (150, 95, 50), (170, 120, 220)
+DIGITS = {  # 3 x 5 pixels, row by row
+    1: "010110010010111", 2: "111001111100111", 3: "111001111001111", 4: "101101111001001",
+    5: "111100111001111"}
+
+
+def draw_cells(wall):
+    """A picture of this grid, and the size of one cell in pixels."""
+    size = max(1, 256 // max(np.shape(wall)))
+    picture = np.array([FLOOR, WALL], np.uint8)[np.array(wall, int)]
+    return picture.repeat(size, axis=0).repeat(size, axis=1), size
+
+
+def centre(cell, size):
+    return (cell[0] + 0.5) * size, (cell[1] + 0.5) * size
+
+
+def fill_square(picture, y, x, half, colour):
+    top, left = round(max(y - half, 0)), round(max(x - half, 0))
+    picture[top:round(y + half), left:round(x + half)] = colour
+
+
+def fill_disc(picture, y, x, radius, colour):
+    rows, columns = np.ogrid[:picture.shape[0], :picture.shape[1]]
+    picture[(rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius ** 2] = colour
+
+
+def write_digit(picture, y, x, digit, size):
+    """As large as fits into a square of this size."""
+    scale = max(1, int(size * 0.8) // 5)
+    glyph = np.array([*DIGITS[digit]], int).reshape(5, 3).repeat(scale, 0).repeat(scale, 1)
+    top, left = round(y - 2.5 * scale), round(x - 1.5 * scale)
+    there = picture[top:top + 5 * scale, left:left + 3 * scale]
+    there[glyph[:there.shape[0], :there.shape[1]] == 1] = (0, 0, 0)
+
+
+def goal_colour(number, progress):
+    """Grey: done; red: the next one; yellow: later."""
+    return (165, 165, 165) if number < progress else (
+        (240, 100, 90) if number == progress else (250, 210, 90))
+
+
+# ---- 11. Crafter ----------------------------------------------------------------------------
 # Hafner 2021, "Benchmarking the Spectrum of Agent Capabilities": survive on an island of 64 x 64
 # cells and climb a tree of 22 achievements. The game is that of the package, which is imported
 # when an environment is made and not before.
@@ -1310,10 +1933,19 @@ def crafter_goals():
 CRAFTER_GOALS = crafter_goals()
 
 
-# ---- 9. The list ----------------------------------------------------------------------------
+# ---- 12. The list --------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
-SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "crafter": crafter_env}
+SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,
+          "tmaze": TMaze, "wind": Wind, "cheetah": cheetah_env, "metaworld": metaworld_env,
+          "maze": Maze, "delivery": Delivery, "crafter": crafter_env}
+
+
+NEEDS = {  # what an agent needs there that plain RL lacks
+    "popgym": "memory", "gym": "", "meta": "adaptation", "darkkey": "memory, adaptation",
+    "tmaze": "memory", "wind": "adaptation", "cheetah": "adaptation", "metaworld": "adaptation",
+    "maze": "memory, instructions", "delivery": "memory, adaptation, instructions",
+    "crafter": "memory, instructions"}
 
 
 def list_envs():
@@ -1322,6 +1954,21 @@ def list_envs():
         yield name, POPGYM[split_difficulty(name.removeprefix("popgym:"))[0]][-1]
     yield "gym:CartPole-v1", "any gymnasium id; ?horizon=n and the environment's own options"
     yield "meta:gym:CartPole-v1?episodes=2", "k episodes of one task in one rollout, any name"
+    yield "darkkey:9x9", "find a hidden key, then a hidden door, again and again; any size"
+    yield "darkkey:8x8?fixed_start=true", "the same, always from the corner"
+    yield "tmaze:100", "at the end of a corridor, turn as the first observation said; any length"
+    yield "wind:", "hold a place against an unknown wind"
+    if importlib.util.find_spec("mujoco"):
+        yield "cheetah:vel", "run at a hidden speed, 3 episodes of 200 steps"
+    if importlib.util.find_spec("metaworld"):
+        yield "metaworld:reach?episodes=2", "a robot arm and a hidden goal, any of ML1's 50 tasks"
+        yield "metaworld:ML45?episodes=2", "45 classes of such tasks"
+    for size in ("7x7", "15x15", "31x31"):
+        yield f"maze:{size}", "visit cells of a new maze in order; ?goals=5&rewired=1&position=0"
+    yield "delivery:30", "deliver packages along a road of forks, in order; any length"
+    if importlib.util.find_spec("crafter"):
+        yield "crafter:instructions", "follow an instruction on an island; ?goals=3&obs=pixels"
+        yield "crafter:undirected", "survive there and do as many different things as possible"
 
 
 def describe(name):
@@ -1330,28 +1977,135 @@ def describe(name):
     known = {key: f"{value:.3f}" for key, value in env.references.items()}
     return {"name": env.name, "observation": space_text(env.observation_space),
             "action": space_text(env.action_space), "horizon": str(env.horizon),
-            **{key: known.get(key, "-") for key in ("random", "best", "paper")}}
+            **{key: known.get(key, "-") for key in ("random", "best", "paper")},
+            "needs": NEEDS[env.name.partition(":")[0]] or "-"}
 
 
 def space_text(space):
     if isinstance(space, spaces.Dict):
-        return " + ".join(map(space_text, space.values()))
+        return " + ".join(f"{key} " + "x".join(map(str, part.shape))
+                          if key in ("instruction", "texture") else space_text(part)
+                          for key, part in space.items())
     if isinstance(space, spaces.Box):
         return ("image " if is_image(space) else "vector ") + "x".join(map(str, space.shape))
     sizes = [space.n] if isinstance(space, spaces.Discrete) else space.nvec
     return "one of " + "x".join(map(str, sizes))
 
 
+def steps_per_second(name, seconds=0.3):
+    """Of random actions in this process, resets included."""
+    env = make_env(name, seed=0)
+    actions = itertools.cycle([env.action_space.sample() for _ in range(1000)])
+    env.reset()
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for action in itertools.islice(actions, 100):
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+        steps += 100
+    return steps / (time.perf_counter() - start)
+
+
+def play(env, seed=None):
+    """A person acts with the keyboard, or a pipe does: `echo wwd | python envs.py NAME --play`."""
+    keys = getattr(env, "keys", {})
+    if not keys and isinstance(env.action_space, spaces.Discrete) and env.action_space.n <= 10:
+        keys = {str(action): action for action in range(env.action_space.n)}
+    if not keys:
+        raise ValueError(f"{env.name} has no keys to play it with: its actions are "
+                         f"{space_text(env.action_space)}")
+    names = " ".join("space" if key == " " else key for key in keys)
+    observation, _ = env.reset(seed=seed)
+    show_to_person(env, observation, f"keys: {names} (or arrows); q quits")
+    total = steps = 0
+    while typed := read_keys():
+        for key in typed:
+            if key == "q":
+                return
+            if key not in keys:
+                continue
+            observation, reward, terminated, truncated, info = env.step(keys[key])
+            total, steps = total + reward, steps + 1
+            show_to_person(env, observation, f"step {steps} of at most {env.horizon}: "
+                           f"key {key!r}, reward {reward:g}, return {total:g}")
+            if terminated or truncated:
+                won = f", success {info['success']:g}" if "success" in info else ""
+                print(f"the end: return {total:g}{won}")
+                return
+
+
+def show_to_person(env, observation, message):
+    if sys.stdout.isatty():
+        print("\x1b[2J\x1b[H", end="")  # clear the screen
+    if env.render_mode == "rgb_array":
+        columns, lines = shutil.get_terminal_size()
+        print(half_blocks(env.render(), columns, 2 * (lines - 4)))
+    else:
+        print(observation)
+    if hasattr(env, "checklist"):
+        print(env.checklist())
+    print(message, flush=True)
+
+
+def half_blocks(picture, width, height):
+    """A picture for a terminal: each character shows two pixels, one above the other."""
+    scale = min(width / picture.shape[1], height / picture.shape[0], 1.0)
+    for axis in (0, 1):  # mean colours of the pixels that fall together
+        size = max(2, int(picture.shape[axis] * scale)) // 2 * 2
+        edges = np.arange(size) * picture.shape[axis] // size
+        counts = np.diff([*edges, picture.shape[axis]])
+        picture = np.add.reduceat(picture, edges, axis=axis, dtype=np.float64)
+        picture /= counts.reshape((-1, 1, 1) if axis == 0 else (-1, 1))
+    upper, lower = picture[::2].astype(int).tolist(), picture[1::2].astype(int).tolist()
+    return "\n".join("".join(
+        "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*above, *below)
+        for above, below in zip(*rows)) + "\x1b[0m" for rows in zip(upper, lower))
+
+
+def read_keys():
+    """What was typed since the last call, arrows as w, a, s, d; '' at the end of a pipe."""
+    if not sys.stdin.isatty():
+        return sys.stdin.read()
+    import termios  # terminals of Linux and macOS
+    import tty
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)  # keys arrive without Enter
+        typed = os.read(sys.stdin.fileno(), 100).decode(errors="ignore")
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+    for code, letter in zip("ABCD", "wsda"):
+        typed = typed.replace(f"\x1b[{code}", letter)
+    return typed
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
-    name = parser.parse_args(arguments).name
+    parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
+    parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
+    parser.add_argument("--seed", type=int, help="of the episode to play")
+    parser.add_argument("--speed", action="store_true", help="add steps per second on this machine")
+    options = parser.parse_args(arguments)
+    given = {} if options.instruction is None else {"instruction": options.instruction}
     try:
-        rows = [describe(each) for each in ([name] if name else dict(list_envs()))]
+        if not options.name and (options.play or given):
+            raise ValueError("--play and --instruction need the name of an environment")
+        if options.play:
+            play(make_env(options.name, **given), options.seed)
+            return 0
+        rows = [describe(make_env(options.name, **given).name)] if options.name else [
+            describe(name) for name in dict(list_envs())]
     except (ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    if name:
+    except KeyboardInterrupt:
+        return 130
+    if options.speed:
+        for row in rows:
+            row["steps/s"] = f"{steps_per_second(row['name']):,.0f}"
+    if options.name:
         about = dict(list_envs()).get(rows[0]["name"])
         for key, text in {**rows[0], **({"about": about} if about else {})}.items():
             print(f"{key:13}{text}")
@@ -1359,7 +2113,7 @@ def main(arguments=None):
     rows.insert(0, {column: column for column in rows[0]})
     widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
     for row in rows:  # words to the left, numbers to the right
-        words = ("name", "observation", "action")
+        words = ("name", "observation", "action", "needs")
         print(*(text.ljust(widths[column]) if column in words else text.rjust(widths[column])
                 for column, text in row.items()), sep="  ")
     return 0
