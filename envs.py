@@ -1603,7 +1603,7 @@ class CrafterNoise:
         sum of weight * (gradient of the corner . offset from the corner)
 
     All worlds have the same points, so the same corners, weights and offsets. These come from the
-    package's own function, once per process (1 s). A seed only shuffles the gradients. The sums
+    package's own function, once per process (.5 s). A seed only shuffles the gradients. The sums
     are done in the package's order: the values agree to the last bit.
     """
 
