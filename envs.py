@@ -4,7 +4,8 @@
     env = make_env("popgym:RepeatPrevious", seed=0)      # or "gym:CartPole-v1?horizon=200"
     observation, info = env.reset()                      # or "meta:gym:CartPole-v1?episodes=2"
 
-`python envs.py` prints the table of all names, `python envs.py NAME` the card of one.
+`python envs.py` prints the table of all names, `python envs.py NAME` the card of one, and
+`python envs.py "maze:15x15" --play` lets you play it.
 
 What an agent may rely on, whatever the name:
 
@@ -19,11 +20,11 @@ What an agent may rely on, whatever the name:
     env.max_return  the return that a trained agent can reach (almost) surely, or None
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
-Environments with instructions have {"vector": ..., "instruction": int32 (K, 1 + W)} and more, see
-Instructed. Crafter has {"texture": uint8 (63,)} too: tiles by number, at most the space's high.
+With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 + W)}: Instructed.
+Crafter has "texture": uint8 (63,) too, tiles by number, up to the space's high.
 
-Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta;
-7 own worlds and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures;
+Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
+and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures;
 11 crafter; 12 the list.
 """
 
@@ -620,7 +621,17 @@ def show_instruction(instruction, progress):
 
 
 class Instructed(World):
-    """A world with an instruction; see instruction_reward for the rule.
+    """A world with an instruction, and what relabeling has to know of it:
+
+        env.instruction    int32 (K, W); env.progress: goals done so far
+        info["achieved"]   int32 (n, W), in every step: the goals that it reached, n may be 0;
+                           nothing is reached before the first step; n <= env.max_achieved
+        info["success"]    1.0 or 0.0: all goals done, info["goals_done"]; in the last step alone
+        env.reward, .show  instruction_reward and show_instruction
+        env.parse_instruction, .format_instruction: text <-> (K, W)
+
+    An instruction given to make_env stands for all episodes, one given to reset(options=
+    {"instruction": text or array}) for that one; it is no part of env.episode.
 
     A subclass calls set_up in its constructor, and has instead of draw and act
 
@@ -630,8 +641,6 @@ class Instructed(World):
         look()                    observation without the instruction, {"vector": ...}
         parse_goal(text)          W numbers, ValueError with the nearest right words
         format_goal(numbers)      text; the inverse
-
-    An instruction given to make_env stands for all episodes, one given to reset for that one.
     """
 
     metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
@@ -687,7 +696,9 @@ class Instructed(World):
             array = np.asarray(given)
             if array.ndim != 2 or array.shape[1] != self.words or array.dtype.kind not in "iu":
                 raise ValueError(f"an instruction of {self.name} is text or whole numbers of shape "
-                                 f"(goals, {self.words}), not {given!r}")
+                                 f"(goals, {self.words}), not {shorten(str(given))}")
+            if array[len(goal_list(array)):].any():
+                raise ValueError(f"an instruction of {self.name} has a goal after an empty row")
             given = self.format_instruction(array)
         return self.parse_instruction(given)
 
@@ -980,6 +991,13 @@ def metaworld_names():
     return ["metaworld:ML45", *("metaworld:" + task.removesuffix("-v3") for task in tasks)]
 
 
+@functools.cache  # ML45 takes half a minute
+def metaworld_benchmark(name):
+    package = importlib.import_module("metaworld")
+    # seed 0: everybody has the same 50 tasks
+    return package.ML45(seed=0) if name == "ML45" else package.ML1(f"{name}-v3", seed=0)
+
+
 class MetaWorld(gymnasium.Env):
     """A robot arm and an object whose place, or the goal's, only the rewards reveal ([1] 5.1).
 
@@ -994,20 +1012,18 @@ class MetaWorld(gymnasium.Env):
     action_space = spaces.Box(-1, 1, (4,), np.float32)
 
     def __init__(self, name, split):
-        package = importlib.import_module("metaworld")
-        # seed 0: everybody has the same 50 tasks
-        benchmark = (package.ML45(seed=0) if name == "ML45"
-                     else package.ML1(f"{name}-v3", seed=0))
-        self.classes = getattr(benchmark, f"{split}_classes")
-        self.tasks = getattr(benchmark, f"{split}_tasks")
+        self.name, self.split = name, split
         self.built = {}  # simulators are slow to load: only those that are drawn, and once
 
     def reset(self, *, seed=None, options=None):
         rng = np.random.default_rng(seed)
-        name = list(self.classes)[rng.integers(len(self.classes))]
+        benchmark = metaworld_benchmark(self.name)
+        classes = getattr(benchmark, f"{self.split}_classes")
+        name = list(classes)[rng.integers(len(classes))]
         if name not in self.built:
-            self.built[name] = self.classes[name]()
-        tasks = [task for task in self.tasks if task.env_name == name]
+            self.built[name] = classes[name]()
+        tasks = [task for task in getattr(benchmark, f"{self.split}_tasks")
+                 if task.env_name == name]
         self.arm, self.solved = self.built[name], False
         self.arm.set_task(tasks[rng.integers(len(tasks))])
         return self.arm.reset(seed=seed)[0], {}
@@ -1040,7 +1056,6 @@ class Maze(Instructed):
     """
 
     RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
-    action_space = spaces.Discrete(5)
     keys = GRID_KEYS
 
     def __init__(self, size, **options):
@@ -1059,6 +1074,7 @@ class Maze(Instructed):
         self.rows, self.columns = rows, columns
         self.start = (rows - 2, columns // 2)
         self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
+        self.action_space = spaces.Discrete(5)
         self.set_up(name, options, goals, 2, max(rows, columns), vector=spaces.Box(
             0, 1, (6 if self.position_seen else 4,), np.float32))
         self.references = {"best": (1 + goals) / 2}
@@ -1203,18 +1219,18 @@ class Delivery(Instructed):
 
     RANDOM = {30: 0.18}
     FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
-    action_space = spaces.Discrete(8)
     keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
 
     def __init__(self, length, **options):
         # 6 forks, 4 destinations and cell 0 need room
         if not re.fullmatch("[0-9]{1,4}", length) or int(length) < 11:
-            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the road "
-                             "is a whole number from 11 to 9999; nearest: delivery:30")
+            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the "
+                             "road is a whole number from 11 to 9999; nearest: delivery:30")
         self.length = int(length)
         self.horizon = 6 * self.length
         name = f"delivery:{self.length}"
         check_options(name, options, ["instruction"])
+        self.action_space = spaces.Discrete(8)
         self.set_up(name, options, 4, 1, self.length, vector=spaces.Box(
             np.zeros(3, np.float32), np.float32([self.length - 1, 12, 1])))
         self.references = {"best": 3.0}
@@ -1291,7 +1307,7 @@ class Delivery(Instructed):
         return picture
 
 
-# ---- 10. Pictures ---------------------------------------------------------------------------
+# ---- 10. Pictures --------------------------------------------------------------------------
 # Just enough to draw the worlds above with numpy: uint8 (H, W, 3), about 256 pixels wide.
 
 FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (30, 90, 220)
