@@ -506,6 +506,12 @@ def test_places_are_less_than_two_cells_away():
     *_, info = env.step(LEFT)
     assert achieved(env, info) == ["travel to (30, 30)"]
     assert achieved(env, env.step(DOWN)[4]) == []  # (29, 32): 2.2 away
+    env.game.player.inventory["stone"] = 1
+    env.step(UP)
+    env.step(DOWN)
+    env.game.player.facing = (0, -1)
+    # the stone at (29, 31) is near enough, though the agent is not
+    assert achieved(env, env.step(STONE)[4]) == ["place stone", "build at (30, 30)"]
 
 
 def test_death_terminates_and_the_horizon_truncates():
@@ -646,7 +652,7 @@ def test_instructions_survive_text(goals):
     ("eat cow x0", ["'eat cow x0'; nearest: eat cow"]),
     ("", ["unknown goal ''"]), ("eat cow,", ["unknown goal ''"]),
     (np.array([[1, 2, 3]]), ["no goal", "(1, 2, 3)"]), (np.array([[-1, 2, 3]]), ["(-1, 2, 3)"]),
-    (np.zeros((1, 2), int), ["shape (goals, 3)"]), (7, ["not 7"]), (np.zeros((0, 3), int), [""])])
+    (np.zeros((1, 2), int), ["shape (goals, 3)"]), (7, ["not '7'"]), (np.zeros((0, 3), int), [""])])
 def test_wrong_instructions_are_explained(text, fragments):
     for attempt in (lambda: make_env("crafter:instructions", instruction=text),
                     lambda: ENV.reset(options={"instruction": text})):
