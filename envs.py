@@ -1641,9 +1641,15 @@ class CrafterNoise:
         self.gradients = GRADIENTS3.reshape(-1, 3)[corner % 24].T.astype(np.float64)
 
     def __call__(self, name, cells=slice(None)):
-        (a, b, c), field = self.gradients, self.fields[name]
-        corner, dx, dy, dz, weight = (part[:, cells] for part in field)  # each (8, number of cells)
-        terms = weight * (a.take(corner) * dx + b.take(corner) * dy + c.take(corner) * dz)
+        # parts: (8, number of cells); in place, because fresh memory costs as much as the sums
+        corner, dx, dy, dz, weight = (part[:, cells] for part in self.fields[name])
+        terms = self.gradients[0].take(corner)
+        terms *= dx
+        for gradient, offset in zip(self.gradients[1:], (dy, dz)):
+            term = gradient.take(corner)
+            term *= offset
+            terms += term
+        terms *= weight
         value = terms[0]
         for term in terms[1:]:  # terms.sum(0) might add in another order
             value += term
@@ -1701,7 +1707,7 @@ def uniform_numbers(random, at_most):
 
 @functools.lru_cache(4)
 def crafter_textures(unit):
-    """The package's pictures, one set for all games, and those of the ground (13, unit, unit, 3)."""
+    """The package's pictures, one set for all games, and the ground's: (13, unit, unit, 3)."""
     from crafter import constants, engine
     textures = engine.Textures(constants.root / "assets")
     ground = [np.full((unit, unit, 3), 127, np.uint8)]  # outside of the island

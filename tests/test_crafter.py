@@ -218,10 +218,11 @@ print(checksum, env.time)
 
 def test_other_processes_see_the_same_whether_they_look_or_not():
     """Catches order by memory address or by hash, and pictures that use up random numbers."""
-    seen = [subprocess.run([sys.executable, "-c", PROGRAM.format(folder=str(FOLDER), render=render)],
+    programs = [PROGRAM.format(folder=str(FOLDER), render=render) for render in (False, True)]
+    seen = [subprocess.run([sys.executable, "-c", program],
                            env={"PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": "1"},
                            check=True, capture_output=True, text=True).stdout
-            for number, render in enumerate((False, True))]
+            for number, program in enumerate(programs)]
     assert seen[0] == seen[1] and seen[0].endswith(" 260\n")
 
 
@@ -677,13 +678,14 @@ def test_wrong_names_are_explained(name, fragments):
     assert "\n" not in message and all(fragment in message for fragment in fragments), message
 
 
-PIECES = st.sampled_from([" ", ", ", ",", "(", ")", "x2", " x3", "30", "5", "-1", "999999", "\n", "é",
-                          "travel to", "build at", "place stone at", " (30, 30)", "\u2028",
+PIECES = st.sampled_from([" ", ", ", ",", "(", ")", "x2", " x3", "30", "5", "-1", "999999", "\n",
+                          "é", "travel to", "build at", "place stone at", " (30, 30)", "\u2028",
                           *(word for word in envs.CRAFTER_WORDS if word)])
 
 
 # the 10,000 texts of `FUZZ=10000 python -m pytest tests/test_crafter.py` take half a minute
-@settings(max_examples=int(os.environ.get("FUZZ", 1000)), deadline=None, database=None, derandomize=True)
+@settings(max_examples=int(os.environ.get("FUZZ", 1000)), deadline=None, database=None,
+          derandomize=True)
 @given(st.lists(PIECES, max_size=8).map("".join) | st.lists(GOALS, max_size=6).map(", ".join)
        | st.text(max_size=15))
 def test_any_text_is_an_instruction_or_is_explained(text):
