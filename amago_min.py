@@ -8,7 +8,7 @@ whole rollouts, for many discount factors at once, in ONE update with ONE optimi
 
     python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
     python amago_min.py --env popgym:AutoencodeEasy --env-steps 500000 --out runs/autoencode
-    python amago_min.py --eval runs/autoencode --eval-episodes 200
+    python amago_min.py --eval runs/autoencode --episodes 200
     python amago_min.py --help                             # every option, with default and meaning
 
 How to read it
@@ -33,34 +33,32 @@ References
     [8] Morad et al. POPGym: Benchmarking Partially Observable RL. ICLR 2023.
 """
 
-import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import dataclasses
-import difflib
 import itertools
 import json
 import math
 import os
 import re
-import signal
-import subprocess
 import sys
-import threading
 import time
+import zipfile
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributions
-from tqdm import tqdm
 
 import envs as environments
+from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals,
+                  check_options_of, option, read_command_line, report_disk_trouble)
+
+VERSION = 2    # of checkpoints
 
 # ==================================================================================================
 # 1. Config
@@ -76,22 +74,8 @@ SIZES = {
 POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 
 
-class UsageError(ValueError):
-    """The user asked for something that is not there; the message, one line, says what is."""
-
-
-class BrokenEnvironment(RuntimeError):
-    """An environment broke its own contract; the message names environment, step and key."""
-
-
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
-
-
-def option(default, help, choices=None, low=-math.inf, high=math.inf):
-    """A Config field: its default, its help text, and what it may be (choices, or low..high)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
-                                                            high=high))
 
 
 @dataclasses.dataclass
@@ -103,25 +87,43 @@ class Config:
     # what to run
     env: str = option("popgym:RepeatPrevious", "environment, suite:Name; python envs.py lists them")
     size: str = option("nano", "size of the agent", choices=tuple(SIZES))
-    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one")
     seed: int = option(0, "seed of everything random", low=0, high=2**32)
-    threads: int = option(0, "CPU threads of torch; 0 leaves torch's own choice", low=0)
-    # when to stop, what to write
-    env_steps: int = option(1_000_000, "stop after so many environment steps", low=1)
-    target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
-                                " auto = the environment's known maximum less 1 %%")
-    out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
+    resume: str = option("", "continue the run in this folder from its last checkpoint")
     eval: str = option("", "no training: evaluate the agent saved in this folder")
+    render: str = option("", "with --eval: draw one episode into this .gif or .png")
+    instruction: str = option("", "with --eval: what to ask for, such as 'eat cow, collect wood'")
+    # on which machine
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one",
+                         free=True)
+    threads: int = option(0, "CPU threads of torch; 0 leaves torch's own choice", low=0, high=1024,
+                          free=True)
+    workers: int = option(0, "processes that step the environments; 0 = this one. For slow ones",
+                          low=0, high=1024, free=True)
+    amp: str = option("auto", "bfloat16 matrix products; auto = where they are faster",
+                      choices=("auto", "on", "off"), free=True)
+    compile: bool = option(False, "torch.compile the update: faster, after minutes of compiling",
+                           free=True)
+    # when to stop, what to write
+    env_steps: int = option(1_000_000, "stop after so many environment steps", low=1, free=True)
+    target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
+                                " auto = the environment's known maximum less 1 %%", free=True)
+    out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
     eval_every: int = option(1000, "env steps between evaluations; later on, a tenth of the steps"
-                             " so far", low=1)
-    eval_episodes: int = option(64, "whole episodes per evaluation", low=1)
+                             " so far", low=1, free=True)
+    episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
     parallel_envs: int = option(16, "environments that act side by side", low=1)
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
     explore_steps: int = option(200_000, "env steps over which exploration noise fades", low=1)
-    context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
+    context: int = option(1024, "longest rollout to learn from; of longer ones, a slice", low=1)
+    relabel: str = option("auto", "hindsight goals: none, a random number (some) or all of those"
+                          " that can be; auto = some, where there are instructions",
+                          choices=("auto", "none", "some", "all"))
+    importance: bool = option(True, "prefer hindsight goals that are rarely reached")
+    hide_plan: bool = option(False, "show the agent only the current goal of its instruction")
     # learning
     batch: int = option(24, "rollouts per update", low=1)
     lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1)
@@ -132,22 +134,13 @@ class Config:
                            "discount factors learned together; the last acts", low=0, high=.99999)
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
+    memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
     positions: str = option("both", "how attention knows the time", choices=POSITIONS)
     bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
                                        " the agent sees the clock ([1], finite horizon)")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
-            rule = field.metadata
-            if rule["choices"] and value not in rule["choices"]:
-                raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}"
-                                 f"{nearest(value, rule['choices'])}")
-            for x in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
-                    continue
-                limit = rule["high"] if x > rule["low"] else rule["low"]
-                raise UsageError(f"{flag} {x} is out of range; the nearest limit is {limit}")
+        check_options_of(self)
         self.lr = self.lr or SIZES[self.size]["lr"]
         if not self.gammas:
             raise UsageError("--gammas needs at least one number; the last one acts")
@@ -159,7 +152,9 @@ class Config:
         """The device to compute on. Raises UsageError if it is not there."""
         name = self.device
         if name == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda":                                   # under torchrun: one for each process
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             torch.empty(0, device=name if re.match("cpu|cuda|mps", name) else "unknown")
             return torch.device(name)
@@ -174,15 +169,6 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):       # another C library: nothing to set
         ctypes.CDLL(None).mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
-
-
-def nearest(word, words):
-    """Ends an error message with the nearest valid choice, if one is near.
-
-    nearest("smal", ["nano", "small"]) -> "; did you mean small?"
-    """
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 # ==================================================================================================
@@ -232,6 +218,8 @@ class SigmaLinear(nn.Module):
         self.kept = (None, None)     # a fused optimiser's step does not show in `_version`
         return super().train(mode)
 
+    @torch.autocast("cuda", enabled=False)               # sigma is a float32 number
+    @torch.autocast("cpu", enabled=False)
     def _scaled_weight(self):
         u, v = self.u, self.v
         if self.training:
@@ -322,15 +310,16 @@ class CausalAttention(nn.Module):
         self.out = SigmaLinear(width, width)
         self.head_scale = nn.Parameter(torch.ones(heads, 1, 1))
 
-    def forward(self, x, rotation=None, cache=None, layer=0):
-        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache."""
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
+        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
+        window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
             k, v, valid = cache.append(layer, k[:, :, 0], v[:, :, 0])    # (B, H, L, d)
             score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
@@ -356,9 +345,9 @@ class StableBlock(nn.Module):
         self.attention = CausalAttention(width, heads)
         self.ff1, self.ff2 = SigmaLinear(width, ff), SigmaLinear(ff, width)
 
-    def forward(self, x, rotation=None, cache=None, layer=0):
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
         """x (B, T, D) -> (B, T, D)"""
-        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer))
+        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer, window))
         h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
         return x + self.ff2(self.norm4(h))
 
@@ -376,8 +365,9 @@ class Transformer(nn.Module):
     slice of training did (with one layer they agree exactly again).
     """
 
-    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024):
+    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024, memory=0):
         super().__init__()
+        self.memory = memory
         assert width % (2 * heads) == 0, f"{width} does not split into {heads} heads of even size"
         self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
         self.blocks = nn.ModuleList([StableBlock(width, heads, ff) for _ in range(layers)])
@@ -401,14 +391,17 @@ class Transformer(nn.Module):
         if self.positions in ("rotary", "both"):
             angle = (time.unsqueeze(-1) * self.relative).unsqueeze(1)    # (B, 1, T, d / 2)
             rotation = angle.cos(), angle.sin()
+        window = None
+        if 0 < self.memory < T:
+            window = x.new_ones(T, T, dtype=torch.bool).tril().triu(1 - self.memory)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, cache, layer)
+            x = block(x, rotation, cache, layer, window)
         return self.norm(x)
 
     def new_cache(self, n_envs, context):
         """An empty KVCache that fits this network, on its device."""
-        return KVCache(len(self.blocks), n_envs, self.heads, context, self.width // self.heads,
-                       self.relative.device)
+        return KVCache(len(self.blocks), n_envs, self.heads, min(context, self.memory or context),
+                       self.width // self.heads, self.relative.device)
 
 
 # ==================================================================================================
@@ -416,47 +409,6 @@ class Transformer(nn.Module):
 #    Everything that happened at a step becomes one vector, one token: observation, previous action,
 #    previous reward, reset flag, clock, and the instruction if there is one. The instruction is
 #    part of every token, not a prompt, so that an agent without memory could read it too.
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
-    vector: int = 0             # length of the observation vector, 0 if there is none
-    image: tuple = ()           # (height, width, channels) of the picture, () if there is none
-    instruction: tuple = ()     # (K, words per slot, vocabulary), () if there is none
-    discrete: bool = True
-    actions: int = 1            # A: number of actions, or dimensions of a continuous one
-    nvec: tuple = ()            # a MultiDiscrete action's factors; A is their product
-    horizon: int = 1            # longest possible rollout
-
-    @staticmethod
-    def of(env):
-        """Read the spec off a gymnasium.Env made by envs.make_env."""
-        space = env.observation_space
-        if not isinstance(space, gymnasium.spaces.Dict):
-            space = {"image" if len(space.shape) == 3 else "vector": space}
-        parts = {name: box.shape for name, box in space.items()}
-        if "vector" in parts:
-            parts["vector"], = parts["vector"]
-        if "instruction" in parts:
-            parts["instruction"] += (int(space["instruction"].high.max()) + 1,)
-        action = env.action_space
-        if isinstance(action, gymnasium.spaces.Discrete):
-            parts.update(actions=int(action.n))
-        elif isinstance(action, gymnasium.spaces.MultiDiscrete):
-            nvec = tuple(int(n) for n in action.nvec)
-            parts.update(actions=math.prod(nvec), nvec=nvec)
-        else:
-            parts.update(discrete=False, actions=action.shape[0])
-        return Spec(horizon=int(env.horizon), **parts)
-
-    def to_env(self, action):
-        """The agent's actions (N,) or (N, A) as a list of what each environment's step takes."""
-        if not self.discrete:
-            return list(action)
-        if self.nvec:
-            return list(np.stack(np.unravel_index(action, self.nvec), -1))
-        return action.tolist()
-
-
 class RunningNorm(nn.Module):
     """Normalise inputs by running statistics of RAW inputs ([1] App. A.1), per dimension.
 
@@ -479,8 +431,10 @@ class RunningNorm(nn.Module):
         self.count += 1
         step = self.beta / (1 - (1 - self.beta) ** self.count)
         x = torch.where(mask.unsqueeze(-1), x, 0.0).flatten(0, -2).double()
-        self.mean.lerp_(x.sum(0) / mask.sum(), step)
-        self.square.lerp_((x * x).sum(0) / mask.sum(), step)
+        sums = torch.stack([x.sum(0), (x * x).sum(0), mask.sum().expand(x[0].shape)])
+        total = sum_over_ranks(sums)                                     # (3, dim)
+        self.mean.lerp_(total[0] / total[2], step)
+        self.square.lerp_(total[1] / total[2], step)
 
     def forward(self, x):
         std = (self.square - self.mean ** 2).clamp(min=0).sqrt().float()
@@ -492,13 +446,14 @@ class TimestepEncoder(nn.Module):
 
     The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
     normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
-    A picture goes through a small CNN, an instruction through an embedding per word and a linear
-    layer that sees all words in order.
+    A picture goes through a small CNN; the ids of a map of textures, and an instruction, through an
+    embedding per word and a linear layer that sees all words in order. hide_plan: the goals after
+    the active one are hidden.
     """
 
-    def __init__(self, spec, width, hidden):
+    def __init__(self, spec, width, hidden, hide_plan=False):
         super().__init__()
-        self.spec = spec
+        self.spec, self.hide_plan = spec, hide_plan
         d_in = 3 + spec.actions + spec.vector
         self.norm = RunningNorm(d_in)
         if spec.image:
@@ -509,12 +464,13 @@ class TimestepEncoder(nn.Module):
             self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * pixels, hidden),
                                        nn.LayerNorm(hidden))
             d_in += hidden
-        if spec.instruction:
-            slots, words, vocabulary = spec.instruction
-            self.instruction = nn.Sequential(nn.Embedding(vocabulary, 16), nn.Flatten(2),
-                                             nn.Linear(slots * words * 16, hidden),
-                                             nn.LayerNorm(hidden))
-            d_in += hidden
+        for name, words in (("texture", spec.texture), ("instruction", spec.instruction)):
+            if words:
+                *shape, vocabulary = words
+                setattr(self, name, nn.Sequential(
+                    nn.Embedding(vocabulary, 16), nn.Flatten(2),
+                    nn.Linear(math.prod(shape) * 16, hidden), nn.LayerNorm(hidden)))
+                d_in += hidden
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.LeakyReLU(inplace=True),
                                  nn.Linear(hidden, width), nn.LayerNorm(width))
 
@@ -535,8 +491,13 @@ class TimestepEncoder(nn.Module):
         if spec.image:
             image = tokens["obs"]["image"].flatten(0, 1).permute(0, 3, 1, 2)   # (BT, C, H, W)
             parts.append(self.image(image / 128 - 1).unflatten(0, time.shape))
+        if spec.texture:
+            parts.append(self.texture(tokens["obs"]["texture"].int()))
         if spec.instruction:
-            parts.append(self.instruction(tokens["obs"]["instruction"]))
+            words = tokens["obs"]["instruction"]                         # (B, T, K, 1 + W)
+            if self.hide_plan:
+                words = words * (words[..., :1] != environments.WAITING)
+            parts.append(self.instruction(words))
         return self.mlp(torch.cat(parts, dim=-1))
 
 
@@ -561,7 +522,7 @@ class Actor(nn.Module):
 
     def forward(self, s):
         # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
-        out = self.mlp(s.flatten(0, -2))
+        out = self.mlp(s.flatten(0, -2)).float()
         out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
         if self.discrete:
             return distributions.Categorical(logits=out, validate_args=False)
@@ -616,7 +577,8 @@ class Critics(nn.Module):
         # In place on h itself: on a view of it, autograd would copy the whole tensor.
         h = F.leaky_relu(h, inplace=True).view(C, -1, h.shape[-1])       # (C, N or N G, hidden)
         h = F.leaky_relu(torch.baddbmm(biases[1], h, weights[1]), inplace=True)
-        q = torch.baddbmm(biases[2], h, weights[2])                      # (C, rows, outputs)
+        with torch.autocast(s.device.type, enabled=False):               # values in float32
+            q = torch.baddbmm(biases[2], h.float(), weights[2])          # (C, rows, outputs)
         if self.discrete:
             return q.view((C,) + batch + (G, -1)).movedim(0, -3)         # (..., C, G, A)
         if action.dim() == s.dim():
@@ -664,10 +626,13 @@ class PopArt(nn.Module):
         """targets (..., G), mask (...): take in new targets, rescale w and b to match."""
         self.count += 1
         step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
-        targets = torch.where(mask.unsqueeze(-1), targets, 0.0).flatten(0, -2)
+        y = torch.where(mask.unsqueeze(-1), targets, 0.0).flatten(0, -2)
+        total = torch.stack([y.sum(0), (y ** 2).sum(0), mask.sum().expand(y[0].shape)])
+        if torch.distributed.is_initialized():               # one statistic in all processes
+            torch.distributed.all_reduce(total)
         old_mean, old_std = self.mean.clone(), self.std
-        self.mean.lerp_(targets.sum(0) / mask.sum(), step)
-        self.square.lerp_((targets ** 2).sum(0) / mask.sum(), step)
+        self.mean.lerp_(total[0] / total[2], step)
+        self.square.lerp_(total[1] / total[2], step)
         # As long as std was at its floor no target ever varied: there is nothing to keep, and
         # shrinking w by the ratio of the two would all but erase the critics.
         fresh, std = old_std <= 1e-4, self.std
@@ -765,9 +730,9 @@ class Agent(nn.Module):
         width, hidden = dims["width"], dims["hidden"]
         self.spec = spec
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
-        self.encoder = TimestepEncoder(spec, width, hidden)
+        self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
-                                       config.positions, spec.horizon)
+                                       config.positions, spec.horizon, config.memory)
         self.actor = Actor(width, spec.actions, G, hidden, spec.discrete)
         self.critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
@@ -777,10 +742,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_targets(self, tau):
         """target <- (1 - tau) target + tau online, for the heads only."""
-        heads = ((self.target_actor, self.actor), (self.target_critics, self.critics))
-        for target, online in heads:
-            for p, q in zip(target.parameters(), online.parameters()):
-                p.lerp_(q, tau)
+        for target, online in ((self.target_actor, self.actor), (self.target_critics, self.critics)):
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
     @torch.no_grad()
     def fold_popart(self):
@@ -802,20 +765,25 @@ class Agent(nn.Module):
         s = self.trunk(tokens, cache=cache)[:, 0]                        # (N, D)
         return self.actor(s).sample()[:, -1]
 
-    def loss(self, batch):
+    def forward(self, batch, pair=None):
+        return self.loss(batch, pair)    # DistributedDataParallel and torch.compile wrap calls
+
+    def loss(self, batch, pair=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
 
             L = 10 L_TD + L_online + 0.1 L_offline
+
+        pair (2,): the critics that make the target; by default drawn at random.
         """
         mask = batch["mask"]                                             # (B, T)
         tokens, token_mask = clean_padding(batch["tokens"], mask)        # (B, T+1, ...)
         action = tokens["action"][:, 1:]                                 # (B, T) or (B, T, A)
         (B, T), G, C = mask.shape, len(self.gammas), self.critics.num_critics
 
-        s = self.trunk(tokens, token_mask)
+        s = self.trunk(tokens, token_mask).float()
         assert s.shape == (B, T + 1, self.transformer.width), s.shape
         now = s[:, :-1].contiguous()
-        target = self.td_target(s, tokens["reward"][:, 1:], batch["done"] & mask)
+        target = self.td_target(s, tokens["reward"][:, 1:], batch["done"] & mask, pair)
         assert target.shape == (B, T, G), target.shape
         self.popart.update(target, mask)
 
@@ -840,17 +808,20 @@ class Agent(nn.Module):
         info = dict(critic_loss=td, actor_loss=online, bc_loss=offline,
                     filter=masked_mean((advantage > 0).float(), mask),
                     value=masked_mean(target[..., -1], mask))
-        return (CRITIC_WEIGHT * td + ONLINE_WEIGHT * online + OFFLINE_WEIGHT * offline,
+        # The mean over all processes must weigh every step the same, not every process.
+        share = mask.sum() * world_size() / sum_over_ranks(mask.sum().clone())
+        return (share * (CRITIC_WEIGHT * td + ONLINE_WEIGHT * online + OFFLINE_WEIGHT * offline),
                 {name: x.detach() for name, x in info.items()})
 
     @torch.no_grad()
-    def td_target(self, s, reward, done):
+    def td_target(self, s, reward, done, pair=None):
         """s (B, T+1, D), reward and done (B, T) -> targets (B, T, G) from the target networks"""
         after = s[:, 1:].contiguous()
         pi = self.target_actor(after)
         # REDQ [5]: the lower of two critics, drawn anew for every update. The lowest of all would
         # be too pessimistic, their mean too optimistic.
-        pair = torch.randperm(self.critics.num_critics, device=s.device)[:2]
+        if pair is None:
+            pair = torch.randperm(self.critics.num_critics, device=s.device)[:2]
         if self.spec.discrete:
             q = (self.target_critics(after, members=pair) * pi.probs.unsqueeze(2)).sum(-1)
         else:
@@ -860,9 +831,11 @@ class Agent(nn.Module):
         return td_targets(reward, done, value, self.gammas)
 
 
-def each(function, x):
+def each(function, x, *more):
     """To every leaf: each(len, {"a": "x", "b": {"c": ""}}) -> {"a": 1, "b": {"c": 0}}"""
-    return {k: each(function, v) for k, v in x.items()} if isinstance(x, dict) else function(x)
+    if not isinstance(x, dict):
+        return function(x, *more)
+    return {k: each(function, v, *(other[k] for other in more)) for k, v in x.items()}
 
 
 def clean_padding(tokens, mask):
@@ -901,20 +874,43 @@ class Trajectory:
     reward: np.ndarray      # (T,) float32
     done: np.ndarray        # (T,) bool
     reset: np.ndarray       # (T + 1,) bool
+    achieved: np.ndarray = None  # (T, M, W) int32: goals that each step reached; zeros = none
     success: float = math.nan
+    episode: object = None  # begins this episode of the environment again, see envs.py
 
     def __len__(self):
         return len(self.reward)
+
+    def tokens(self):
+        """The same as arrays of T + 1 tokens, see token_arrays."""
+        led_to = dict(action=self.action, reward=self.reward, done=self.done)
+        if self.achieved is not None:
+            led_to["achieved"] = self.achieved
+        first = {name: np.concatenate([np.zeros_like(x[:1], shape=(1,) + x.shape[1:]), x])
+                 for name, x in led_to.items()}
+        return dict(first, obs=self.obs, reset=self.reset)
+
+    @staticmethod
+    def of_tokens(tokens, **more):
+        led_to = {name: x[1:] for name, x in tokens.items() if name not in ("obs", "reset")}
+        return Trajectory(tokens["obs"], reset=tokens["reset"], **led_to, **more)
+
+    def inner_returns(self):
+        """Return of every inner episode, in order: one unless the rollout is of several."""
+        return [float(part.sum()) for part in np.split(self.reward, 1 + np.flatnonzero(
+            self.reset[1:-1]))]
 
 
 def token_arrays(spec, *shape):
     """Zeroed arrays for `shape` tokens. action, reward and done lie with the token that they led
     to, as the encoder reads them: action[t] of these arrays is action[t - 1] of a Trajectory."""
     obs = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
-               instruction=(spec.instruction[:2], np.int32))
+               texture=(spec.texture[:1], np.uint8), instruction=(spec.instruction[:2], np.int32))
     action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
     layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
                   reward=((), np.float32), done=((), bool), reset=((), bool))
+    if spec.achieved:
+        layout["achieved"] = (spec.achieved, np.int32)
     # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
     return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
 
@@ -923,11 +919,13 @@ class ReplayBuffer:
     """Whole trajectories, first in first out, in flat preallocated arrays.
 
     All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
-    then one fancy index per array, with no Python loop.
+    one slice per rollout and array, with no Python loop over time steps.
+
+    relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
     """
 
-    def __init__(self, spec, capacity, rng):
-        self.capacity, self.rng = capacity, rng
+    def __init__(self, spec, capacity, rng, relabel=None):
+        self.spec, self.capacity, self.rng, self.relabel = spec, capacity, rng, relabel
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
@@ -957,13 +955,8 @@ class ReplayBuffer:
             self._evict(self.write, self.capacity)
             self.write = 0
         self._evict(self.write, self.write + size)
-        here, tokens = slice(self.write, self.write + size), self.tokens
-        for name, x in trajectory.obs.items():
-            tokens["obs"][name][here] = x
-        tokens["reset"][here] = trajectory.reset
-        for name in ("action", "reward", "done"):
-            tokens[name][here][0] = 0
-            tokens[name][here][1:] = getattr(trajectory, name)
+        here = slice(self.write, self.write + size)
+        each(lambda store, x: np.copyto(store[here], x), self.tokens, trajectory.tokens())
         slot = (self.first + self.count) % len(self.starts)
         self.starts[slot], self.lengths[slot] = self.write, size - 1
         self.count += 1
@@ -975,25 +968,109 @@ class ReplayBuffer:
         -> dict(tokens=dict(obs=dict, action, reward, reset, time), each (B, T+1, ...),
                 done (B, T), mask (B, T)), on `device`. T is the longest of the B.
         """
-        pick = (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts)
-        length = np.minimum(self.lengths[pick], context)                 # (B,)
-        offset = self.rng.integers(self.lengths[pick] - length + 1)      # (B,)
+        rollouts = []
+        for i in (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts):
+            start, end = self.starts[i], self.starts[i] + self.lengths[i] + 1
+            tokens = each(lambda x: x[start:end], self.tokens)           # views, nothing copied
+            if self.relabel:
+                tokens = self.relabel(Trajectory.of_tokens(tokens)).tokens()
+            rollouts.append(tokens)
+        whole = np.array([len(tokens["reset"]) - 1 for tokens in rollouts])
+        length = np.minimum(whole, context)                              # (B,)
+        offset = self.rng.integers(whole - length + 1)                   # (B,)
         steps = np.arange(length.max() + 1)
-        # Beyond a rollout's end its last token is repeated; the mask says that it is not real.
-        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
-        index = self.starts[pick][:, None] + time
+        out = token_arrays(self.spec, batch, len(steps))
+        for b, tokens in enumerate(rollouts):
+            here = slice(offset[b], offset[b] + length[b] + 1)
+            each(lambda x, y: np.copyto(x[b, :length[b] + 1], y[here]), out, tokens)
         mask = steps[:-1] < length[:, None]                              # (B, T)
         self.replayed += int(length.sum())
 
         def tensor(x):
-            return torch.from_numpy(x).to(device, non_blocking=True)
-        tokens = each(lambda x: tensor(x[index]), self.tokens)
-        done = tokens.pop("done")[:, 1:]
-        return dict(tokens=dict(tokens, time=tensor(time)), done=done, mask=tensor(mask))
+            x = torch.from_numpy(x)
+            on_cpu = torch.device(device).type == "cpu"
+            return x if on_cpu else x.pin_memory().to(device, non_blocking=True)
+        done = tensor(out.pop("done")[:, 1:])
+        out.pop("achieved", None)
+        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
+        return dict(tokens=dict(each(tensor, out), time=tensor(time)), done=done,
+                    mask=tensor(mask))
+
+    def state(self):
+        """For a checkpoint: the trajectories from the oldest on, and the tokens that are in use."""
+        order = (self.first + np.arange(self.count)) % len(self.starts)
+        starts, lengths = self.starts[order], self.lengths[order]
+        used = max(starts + lengths + 1, default=0)
+        return dict(tokens=each(lambda x: x[:used], self.tokens), starts=starts, lengths=lengths,
+                    write=self.write, replayed=self.replayed)
+
+    def restore(self, state):
+        self.first, self.count = 0, len(state["starts"])
+        self.write, self.replayed = state["write"], state["replayed"]
+        self.starts[:self.count], self.lengths[:self.count] = state["starts"], state["lengths"]
+        each(lambda mine, saved: np.copyto(mine[:len(saved)], saved), self.tokens, state["tokens"])
 
 
 # ==================================================================================================
-# 8. Rollouts and exploration ([1] App. A.2, Fig. 13)
+# 8. Hindsight instruction relabeling ([1] section 4, Algorithm 1)
+#    A rollout that failed at its instruction did something else, and is a perfect example of how to
+#    do that. So pretend that it was asked for: replace goals that were missed by goals that were
+#    met, in the order in which they were, and replay the rollout under the new instruction.
+def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
+    """Algorithm 1 -> a new Trajectory; the one given is not touched, and comes back as it is when
+    there is nothing to relabel. Step t of it reached the goals trajectory.achieved[t].
+
+    reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
+    show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
+    scheme: some = a random number of missed goals, all = as many as can be, none.
+    rarity: a GoalRarity, to prefer goals that are rarely met; None = any step is as good.
+    """
+    goals = trajectory.obs["instruction"][0, :, 1:]                      # (K, W)
+    k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
+    reached = trajectory.achieved                                        # (T, M, W)
+    # (1) n of the k goals were completed, at the steps `done`.
+    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
+    done, n = [], 0
+    for t in busy:
+        _, progress = reward_fn(goals, n, reached[t])
+        if progress > n:
+            done.append(t)
+            n = progress
+    # (2) Draw how many goals h to add,
+    h = dict(none=0, some=int(rng.integers(k - n + 1)), all=k - n)[scheme]
+    # (3) and so many other steps that reached something, with one of its goals each.
+    others = np.setdiff1d(busy, done)
+    h = min(h, len(others))
+    if h == 0:
+        return trajectory
+    if rarity is None:
+        steps = rng.choice(others, size=h, replace=False)
+        chosen = [rng.choice(reached[t][reached[t][:, 0] != 0]) for t in steps]
+    else:
+        steps, chosen = rarity.choose(reached, others, h, rng)
+    # (4) Merge them with the completed ones in order of time; the tail stays as it was.
+    merged = sorted([*zip(done, range(n), goals[:n]), *zip(steps, range(n, n + h), chosen)],
+                    key=lambda entry: entry[:2])
+    instruction = np.concatenate([[goal for _, _, goal in merged], goals[n + h:]]).astype(np.int32)
+    # (5) Replay: rewards, what the agent sees, and the end, which now may come earlier.
+    reward, shown = np.zeros(T, np.float32), np.empty_like(trajectory.obs["instruction"])
+    ended, progress, begin = trajectory.done.copy(), 0, 0
+    for t in busy:
+        shown[begin:t + 1] = show_fn(instruction, progress)
+        reward[t], progress = reward_fn(instruction, progress, reached[t])
+        begin = t + 1
+        if progress == k:
+            ended[t], T = True, t + 1
+            break
+    shown[begin:T + 1] = show_fn(instruction, progress)
+    obs = {name: x[:T + 1] for name, x in dict(trajectory.obs, instruction=shown).items()}
+    return dataclasses.replace(
+        trajectory, obs=obs, action=trajectory.action[:T], reward=reward[:T], done=ended[:T],
+        reset=trajectory.reset[:T + 1], achieved=reached[:T], success=float(progress == k))
+
+
+# ==================================================================================================
+# 9. Rollouts and exploration ([1] App. A.2, Fig. 13)
 class Exploration:
     """The randomised bi-level epsilon schedule.
 
@@ -1032,37 +1109,25 @@ class Exploration:
 class Collector:
     """N environments side by side, one batched token per step.
 
-    `step` acts once in every environment and returns the rollouts that ended. Rollouts in the
-    making lie in token_arrays of (N, horizon + 1, ...).
+    `act` starts a step in every environment, `receive` ends it and returns the rollouts that ended;
+    between the two, worker processes step while the caller learns. Rollouts in the making lie in
+    token_arrays of (N, horizon + 1, ...).
     """
 
     def __init__(self, env, n_envs, agent, context, seed, exploration=None,
-                 bootstrap_truncated=False):
-        self.envs = [environments.make_env(env, seed=seed + i) for i in range(n_envs)]
-        self.name, self.agent, self.spec = env, agent, agent.spec
+                 bootstrap_truncated=False, workers=0):
+        self.envs = environments.ParallelEnvs(env, seed + np.arange(n_envs), workers)
+        self.agent, self.spec = agent, agent.spec
         self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
         self.device = next(agent.parameters()).device
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
         self.tokens = token_arrays(self.spec, n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
-        self.env_steps = 0
-        for i in range(n_envs):
-            self._begin(i)
-
-    def _store(self, i, t, observation):
-        """Write environment i's observation of step t, if it is what its space says."""
-        for part, store in self.tokens["obs"].items():
-            x = observation[part] if isinstance(observation, dict) else observation
-            shape = store.shape[2:]
-            if x.shape != shape:
-                raise self.broken(i, t, f"observation {part!r} has shape {x.shape}, not {shape}")
-            if not np.isfinite(x).all():
-                raise self.broken(i, t, f"observation {part!r} holds NaN or inf: {x}")
-            store[i, t] = x
-
-    def broken(self, i, t, what):
-        return BrokenEnvironment(f"{self.name}: at step {t} of environment {i}, {what}")
+        self.episode = [None] * n_envs                   # what begins each one's episode again
+        self.env_steps = 0                               # on all processes of the run
+        for i, first in enumerate(self.envs.call("begin_all")):
+            self._begin(i, *first)
 
     def newest(self):
         """The newest token of every environment, each (N, 1, ...)."""
@@ -1071,58 +1136,93 @@ class Collector:
         tokens = each(lambda x: tensor(x[self.rows, self.time]), self.tokens)
         return dict(tokens, time=tensor(self.time))
 
-    def step(self):
-        """Act once everywhere. -> [(environment, Trajectory)] of the rollouts that just ended"""
+    def act(self):
+        """Choose an action everywhere and start the step."""
         action = self.agent.act(self.newest(), self.cache).cpu().numpy()
         if self.exploration:
             action = self.exploration(action, self.time, self.env_steps)
-        finished = []
         self.time += 1
         self.tokens["action"][self.rows, self.time] = action
-        for i, (env, a) in enumerate(zip(self.envs, self.spec.to_env(action))):
-            obs, reward, terminated, truncated, info = env.step(a)
+        self.envs.send("step", self.spec.to_env(action))
+
+    def receive(self):
+        """End the step. -> [(environment, Trajectory)] of the rollouts that just ended"""
+        finished, ended = [], np.zeros(len(self.rows), bool)
+        for i, (obs, reward, terminated, truncated, info, first) in enumerate(self.envs.receive()):
             t = self.time[i]
             self._store(i, t, obs)
-            if not math.isfinite(reward):
-                raise self.broken(i, t, f"the reward is {reward}")
             self.tokens["reward"][i, t] = reward
             self.tokens["done"][i, t] = terminated or (truncated and not self.bootstrap_truncated)
             self.tokens["reset"][i, t] = info.get("reset", False)
+            if "achieved" in self.tokens:
+                achieved = info["achieved"]
+                self.tokens["achieved"][i, t, :len(achieved)] = achieved
+                self.tokens["achieved"][i, t, len(achieved):] = 0
             if terminated or truncated:
                 finished.append((i, self._trajectory(i, info)))
-                self._begin(i)
-        self.env_steps += len(self.envs)
-        ended = np.zeros(len(self.envs), bool)
-        ended[[i for i, _ in finished]] = True
+                ended[i] = True
+                self._begin(i, *first)
+        self.env_steps += len(self.rows) * world_size()
         self.cache.end_step(ended)
         if self.exploration:
             self.exploration.reset(ended)
         return finished
 
-    def _begin(self, i):
-        """Reset environment i and write its first token."""
-        self.time[i] = 0
-        self._store(i, 0, self.envs[i].reset()[0])
+    def step(self):
+        """Act once in every environment, see `receive`."""
+        self.act()
+        return self.receive()
+
+    def _store(self, i, t, observation):
+        for part, store in self.tokens["obs"].items():
+            store[i, t] = observation[part] if isinstance(observation, dict) else observation
+
+    def _begin(self, i, observation, episode):
+        """Write the first token of environment i's new rollout."""
+        self.time[i], self.episode[i] = 0, episode
+        self._store(i, 0, observation)
         for name, first in (("action", 0), ("reward", 0), ("done", False), ("reset", True)):
             self.tokens[name][i, 0] = first
 
     def _trajectory(self, i, info):
         """Copy environment i's finished rollout out of the arrays."""
         rollout = each(lambda x: x[i, :self.time[i] + 1].copy(), self.tokens)
-        transitions = {name: rollout[name][1:] for name in ("action", "reward", "done")}
-        return Trajectory(rollout["obs"], **transitions, reset=rollout["reset"],
-                          success=float(info.get("success", math.nan)))
+        return Trajectory.of_tokens(rollout, success=float(info.get("success", math.nan)),
+                                    episode=self.episode[i])
+
+    def state(self):
+        """For a checkpoint. An environment is kept as its episode and the actions since."""
+        return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
+                    env_steps=self.env_steps, multiplier=self.exploration.multiplier,
+                    keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
+                    envs=json.dumps(self.envs.call("state")))
+
+    def restore(self, state):
+        each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
+             state["tokens"])
+        self.time, self.env_steps = np.array(state["time"]), state["env_steps"]
+        self.exploration.multiplier = np.array(state["multiplier"])
+        self.cache.keys.copy_(state["keys"])
+        self.cache.values.copy_(state["values"])
+        self.cache.length = np.array(state["length"])
+        self.cache.begin_step()
+        saved = json.loads(state["envs"])
+        self.episode = [episode for episode, _ in saved]
+        actions = (self.spec.to_env(self.tokens["action"][i, 1:t + 1])
+                   for i, t in enumerate(self.time))
+        self.envs.call("restore", [(*env, list(a)) for env, a in zip(saved, actions)])
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
 
-    -> dict(return_mean, return_std, success, episodes); success is NaN where the environment does
-    not report it. Every environment plays the same number of episodes, rounded up: counting those
-    that end first would favour short ones. Same seed, same result; training's randomness is kept.
+    -> dict(return_mean, return_std, success, episodes, inner_returns: mean return of the first,
+    second, ... inner episode); success is NaN where the environment does not report it. Every
+    environment plays the same number of episodes, rounded up: counting those that end first would
+    favour short ones. Same seed, same result; training's randomness is kept.
     """
     n_envs = min(episodes, max_envs)
-    was_training, returns, success = agent.training, [], []
+    was_training, played = agent.training, []
     agent.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -1131,26 +1231,48 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
         while left.max() > 0:
             for i, trajectory in collector.step():
                 if left[i] > 0:
-                    returns.append(float(trajectory.reward.sum()))
-                    success.append(trajectory.success)
+                    played.append(trajectory)
                 left[i] -= 1
     agent.train(was_training)
+    returns = [float(trajectory.reward.sum()) for trajectory in played]
+    inner = itertools.zip_longest(*(trajectory.inner_returns() for trajectory in played),
+                                  fillvalue=math.nan)
     return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
-                success=float(np.mean(success)), episodes=len(returns))
+                success=float(np.mean([trajectory.success for trajectory in played])),
+                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
 
 
 # ==================================================================================================
-# 9. Training
+# 10. Training
 #    Act once in every environment; learn until every step has been replayed `replay_ratio` times on
 #    average; from time to time evaluate. What a run writes goes through Log and save_checkpoint.
 class Learner:
-    """The agent's one optimiser: AdamW over everything that learns, with warm-up and clipping."""
+    """The one optimiser, AdamW over everything that learns, with warm-up and clipping.
+
+    `agent` learns; `average`, a running average of its weights, acts, is evaluated and is saved.
+    The policy that is best for one noisy update is not for the next: on PositionOnlyCartPoleEasy
+    the agent's return swings between .5 and 1 while its average's rises steadily (README).
+
+        average <- (1 - r) average + r agent,    r = max(.01, 30 / (updates + 30))
+    """
 
     def __init__(self, agent, config):
         self.agent, self.config, self.updates = agent, config, 0
+        self.average = copy.deepcopy(agent).requires_grad_(False).eval()
+        self.started = None                              # env steps when learning began
+        self.device = agent.gammas.device
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
                                            weight_decay=config.weight_decay, fused=True)
+        # bfloat16 where it is faster: on a GPU, and on a CPU with such instructions, unless tiny.
+        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        faster = self.device.type == "cuda" or capable and agent.transformer.width >= 128
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
+            config.amp == "on" or config.amp == "auto" and faster))
+        self.forward = torch.compile(agent) if config.compile else agent
+        if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
+            self.forward = nn.parallel.DistributedDataParallel(self.forward)
+            self.forward.broadcast_buffers = False           # the statistics agree by themselves
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
@@ -1158,8 +1280,13 @@ class Learner:
         Raises NonFiniteLoss, with the agent as it was before.
         """
         before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
+        # A pair of critics that depends on nothing but the number of the update, so that all
+        # processes of a run, and a resumed one, draw the same.
+        rng = np.random.default_rng((self.config.seed, self.updates))
+        pair = rng.permutation(self.config.critics)[:2]
         self.agent.train()
-        loss, info = self.agent.loss(batch)
+        with self.autocast:
+            loss, info = self.forward(batch, torch.from_numpy(pair).to(self.device))
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1174,7 +1301,61 @@ class Learner:
         self.agent.fold_popart()
         self.agent.update_targets(self.config.tau)
         self.updates += 1
+        self.update_average()
         return info
+
+    @torch.no_grad()
+    def update_average(self):
+        rate = max(0.01, 30 / (self.updates + 30))
+        average, agent = self.average, self.agent
+        torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
+        for x, y in zip(average.buffers(), agent.buffers()):
+            x.copy_(y)
+
+    def state(self):
+        return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
+                    optimizer=self.optimizer.state_dict(), updates=self.updates,
+                    started=self.started)
+
+    def restore(self, state):
+        self.agent.load_state_dict(state["agent"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates, self.started = state["updates"], state["started"]
+
+
+# Several processes (torchrun): each has its own environments and replay buffer, gradients and
+# statistics are averaged over all of them, and the first, rank 0, evaluates and writes.
+def join_processes():
+    """Under torchrun, meet the other processes: NCCL between GPUs, Gloo for what is on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor (in place) or number over all processes: the same in each of them."""
+    if world_size() == 1:
+        return x
+    total = x if torch.is_tensor(x) else torch.tensor(float(x))
+    dist.all_reduce(total)
+    return total if torch.is_tensor(x) else total.item()
+
+
+def gather_on_rank_0(x):
+    """A list of every process's x in rank 0, None in the others."""
+    if world_size() == 1:
+        return [x]
+    gathered = [None] * world_size() if process_rank() == 0 else None
+    dist.gather_object(x, gathered)
+    return gathered
 
 
 def describe_batch(batch, loss, norm, updates):
@@ -1186,91 +1367,86 @@ def describe_batch(batch, loss, norm, updates):
             " batch: " + ", ".join(ranges))
 
 
-@contextlib.contextmanager
-def catch_interrupt():
-    """Inside this `with` block Ctrl-C only sets an event, so that a run ends between two updates,
-    with everything consistent. A second Ctrl-C interrupts at once."""
-    caught = threading.Event()
-
-    def handler(number, frame):
-        if caught.is_set():
-            raise KeyboardInterrupt
-        caught.set()
-    main = threading.current_thread() is threading.main_thread()     # only it gets signals
-    previous = signal.signal(signal.SIGINT, handler) if main else None
-    try:
-        yield caught
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
-
-
-def train(config):
+def train(config, saved=None):
     """The main job -> the folder that holds everything it wrote.
 
-    Raises UsageError before anything is written, KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
-    BrokenEnvironment; in each of the last three cases the checkpoint has been saved.
+    saved: what load_checkpoint gave, to go on exactly from there. Raises UsageError before anything
+    is written, KeyboardInterrupt after Ctrl-C, NonFiniteLoss and BrokenEnvironment; in each of the
+    last three cases the checkpoint has been saved.
     """
-    device = config.torch_device()
+    join_processes()
+    device, rank = config.torch_device(), process_rank()
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    rng = np.random.default_rng(config.seed)
+    torch.manual_seed(config.seed)                            # every process begins with one agent
     try:
         env = environments.make_env(config.env)
     except ValueError as problem:                             # an unknown name or option
         raise UsageError(problem) from problem
     spec, goal = Spec.of(env), stopping_return(config, env)
-
     agent = Agent(spec, config).to(device).eval()
+    torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
+    rng = np.random.default_rng((config.seed, rank))
     learner = Learner(agent, config)
-    buffer = ReplayBuffer(spec, config.buffer_steps, rng)
+    rarity = GoalRarity() if config.importance else None
+    buffer = ReplayBuffer(spec, config.buffer_steps, rng, relabeler(config, env, rng, rarity))
     exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
     # Training and evaluation draw their environments' seeds from ranges that never meet.
     train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
-    collector = Collector(config.env, config.parallel_envs, agent, config.context, train_seed,
-                          exploration, config.bootstrap_truncated)
-    log = Log(config, env, agent, goal)                       # from here on things are written
-    next_eval, first_update = 0, None
-    progress = tqdm(total=config.env_steps, unit=" steps", leave=False, disable=None,
-                    dynamic_ncols=True)
-    try:
-        with catch_interrupt() as interrupted:
-            while not interrupted.is_set():
-                # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
-                over = collector.env_steps >= config.env_steps
-                if over or collector.env_steps >= next_eval:
-                    score = evaluate(agent, config.env, config.eval_episodes, config.context,
-                                     eval_seed)
-                    log.row(score, collector.env_steps, learner.updates)
-                    if over or score["return_mean"] >= goal:
-                        break
-                    next_eval = collector.env_steps + max(config.eval_every,
-                                                          collector.env_steps // 10)
-                # 2. Act once in every environment.
-                with log.timer("acting"):
-                    for _, trajectory in collector.step():
-                        buffer.add(trajectory)
-                        log.returns.append(float(trajectory.reward.sum()))
-                progress.update(config.parallel_envs)
-                # 3. Learn, once every environment has finished a first rollout.
-                if len(buffer) < config.parallel_envs:
-                    continue
-                first_update = first_update or collector.env_steps
-                owed = config.replay_ratio * (collector.env_steps - first_update)
-                with log.timer("learning"):
-                    while buffer.replayed < owed and not interrupted.is_set():
-                        batch = buffer.sample(config.batch, config.context, device)
-                        log.infos.append(learner.update(batch))
-        if interrupted.is_set():
-            raise KeyboardInterrupt("everything is saved")
-    finally:
-        progress.close()
-        save_checkpoint(log.folder / "checkpoint.pt", config, agent, learner,
-                        env_steps=collector.env_steps)
-        log.finish()
-    return log.folder
+    collector = Collector(config.env, config.parallel_envs, learner.average, config.context,
+                          train_seed + 10_000 * rank, exploration, config.bootstrap_truncated,
+                          config.workers)
+    parameters = sum(p.numel() for p in learner.trainable)
+    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", goal,
+              writes=rank == 0)                               # from here on things are written
+    run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
+    if saved:
+        restore_run(run, saved)
+    with catch_signals() as caught, log.files(lambda: save_run(log.folder, run, final=True)):
+        while not sum_over_ranks(caught.is_set()):
+            # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
+            steps, over = collector.env_steps, collector.env_steps >= config.env_steps
+            if over or steps >= log.next_eval:
+                score = evaluate(learner.average, config.env, config.episodes, config.context,
+                                 eval_seed)                   # the same in every process
+                log.row(score, steps, learner.updates)
+                if sum_over_ranks(over or score["return_mean"] >= goal):
+                    return log.folder
+            if sum_over_ranks(log.checkpoint_due()):
+                save_run(log.folder, run)
+            # 2. Start a step in every environment.
+            with log.timer("acting"):
+                collector.act()
+            # 3. Learn, once every environment has finished a first rollout.
+            if learner.started is None and not sum_over_ranks(len(buffer) < config.parallel_envs):
+                learner.started = steps
+            owed = config.replay_ratio * (steps - (learner.started or steps))
+            with log.timer("learning"):
+                while sum_over_ranks(buffer.replayed) < owed:
+                    batch = buffer.sample(config.batch, config.context, device)
+                    log.add(learner.update(batch))
+            # 4. End the step, and keep the rollouts that ended with it.
+            with log.timer("acting"):
+                for _, trajectory in collector.receive():
+                    buffer.add(trajectory)
+                    if rarity and spec.achieved:
+                        rarity.update(trajectory.achieved)
+                    log.returns.append(float(trajectory.reward.sum()))
+            log.progress(collector.env_steps)
+        raise KeyboardInterrupt("everything is saved; --resume continues")
+
+
+def relabeler(config, env, rng, rarity):
+    """-> the function that ReplayBuffer applies to what it draws, or None. UsageError if --relabel
+    asks for what the environment cannot give."""
+    instructed = hasattr(env, "max_achieved")
+    if config.relabel in ("some", "all") and not instructed:
+        raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions to relabel")
+    if config.relabel == "none" or not instructed:
+        return None
+    scheme = "some" if config.relabel == "auto" else config.relabel
+    return lambda trajectory: relabel(trajectory, env.reward, env.show, rng, scheme, rarity)
 
 
 def stopping_return(config, env):
@@ -1281,217 +1457,166 @@ def stopping_return(config, env):
 
 
 # ==================================================================================================
-# 10. What a run leaves behind: log.csv, curve.png, eval.json, config.json, checkpoint.pt
-# Column of log.csv -> (title, width, format in the console's table, meaning).
-COLUMNS = {
-    "env_steps": ("env steps", 11, ",.0f", "environment steps so far"),
-    "updates": ("updates", 9, ",.0f", "gradient updates so far"),
-    "seconds": ("seconds", 9, ".1f", "training time: acting and learning, without evaluations"),
-    "return_mean": ("return", 9, ".3f", "mean return of the evaluation's episodes"),
-    "return_std": ("+-", 7, ".3f", "their standard deviation"),
-    "success": ("success", 9, ".2f", "share that the environment calls a success, if it does"),
-    "train_return": ("train", 8, ".3f", "mean return of the rollouts since the last row (noisy)"),
-    "critic_loss": ("critic", 8, ".3f", "mean squared TD error, in PopArt's units"),
-    "actor_loss": ("actor", 8, ".3f", "minus the lowest critic's value of the policy, same units"),
-    "bc_loss": ("bc", 7, ".3f", "filtered behaviour cloning loss"),
-    "filter": ("filter", 7, ".2f", "share of replayed actions that the critics prefer to pi"),
-    "value": ("value", 8, ".3f", "mean TD target of the acting gamma, in units of reward"),
-    "grad_norm": ("grad", 7, ".1f", "norm of the gradient before clipping"),
-    "acts_per_s": ("acts/s", 8, ",.0f", "environment steps per second spent acting"),
-    "updates_per_s": ("updates/s", 11, ".1f", "updates per second spent learning"),
-}
-
-
-class Log:
-    """The files of one run, and the table on the console. Nothing is written before it is made."""
-
-    def __init__(self, config, env, agent, goal):
-        self.config, self.env, self.rows = config, env, []
-        self.returns, self.infos = [], []                     # since the last row
-        self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
-        self.folder = output_folder(config)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__,
-                        numpy=np.__version__, gymnasium=gymnasium.__version__)
-        git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, text=True,
-                             capture_output=True, cwd=Path(__file__).resolve().parent)
-        self.json("config.json", dict(dataclasses.asdict(config), versions=versions,
-                                      commit=git.stdout.strip(), command=" ".join(sys.argv)))
-        self.csv(COLUMNS)
-        known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
-        size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-        until = f"return {goal:g} or " if goal < math.inf else ""
-        tqdm.write(f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
-                   f"{config.size} agent, {size:,} parameters on {agent.gammas.device}; until"
-                   f" {until}{config.env_steps:,} env steps\n\n"
-                   + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS.values()))
-
-    @contextlib.contextmanager
-    def timer(self, what):
-        """Adds the seconds spent inside the `with` block to what = acting or learning."""
-        start = time.perf_counter()
-        yield
-        self.clock[what] += time.perf_counter() - start
-
-    def row(self, score, env_steps, updates):
-        """One evaluation: a row of log.csv and of the console's table."""
-        row = dict(score, **self.clock, env_steps=env_steps, updates=updates,
-                   seconds=sum(self.clock.values()),
-                   train_return=np.mean(self.returns) if self.returns else math.nan)
-        for name in self.infos[0] if self.infos else ():
-            row[name] = torch.stack([info[name] for info in self.infos]).mean().item()
-        last = self.rows[-1] if self.rows else dict.fromkeys(row, 0)
-        for name, count, clock in (("acts_per_s", "env_steps", "acting"),
-                                   ("updates_per_s", "updates", "learning")):
-            seconds = row[clock] - last[clock]
-            row[name] = (row[count] - last[count]) / seconds if seconds else math.nan
-        self.rows.append(row)
-        self.returns.clear()
-        self.infos.clear()
-        values = {name: row.get(name, math.nan) for name in COLUMNS}
-        self.csv("" if math.isnan(x) else f"{x:.8g}" for x in values.values())
-        cells = (("-" if math.isnan(values[name]) else format(values[name], how)).rjust(width)
-                 for name, (_, width, how, _) in COLUMNS.items())
-        tqdm.write("".join(cells))
-
-    def finish(self):
-        """eval.json and curve.png from the rows so far, and a last line that says where."""
-        if not self.rows:
-            return
-        last = dict(self.rows[-1], env=self.env.name, seed=self.config.seed)
-        last["train_seconds"] = last["seconds"]
-        if math.isnan(last["success"]):
-            last["success"] = None
-        self.json("eval.json", {name: last[name] for name in (
-            "env", "return_mean", "return_std", "success", "episodes", "env_steps", "updates",
-            "train_seconds", "seed")})
-        plot_curve(self.rows, self.env, self.folder / "curve.png")
-        tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
-                   f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
-                   f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
-                   f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
-
-    def csv(self, values):
-        with open(self.folder / "log.csv", "a", newline="") as file:
-            csv.writer(file).writerow(values)
-
-    def json(self, name, content):
-        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def output_folder(config):
-    """--out, or the first free one of runs/<env>-<seed>, runs/<env>-<seed>-2, ...
-
-    Raises UsageError if --out holds a run already: nobody's run is ever overwritten.
-    """
-    out = Path(config.out)
-    if config.out and (out / "log.csv").exists():
-        raise UsageError(f"--out {out} already holds a run; choose another folder")
-    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
-        raise UsageError(f"--out {out} cannot be a folder: there is a file in its place")
-    stem = f"runs/{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
-    names = (Path(stem if i == 1 else f"{stem}-{i}") for i in itertools.count(1))
-    return out if config.out else next(name for name in names if not name.exists())
-
-
-def plot_curve(rows, env, path):
-    """Return against env steps, one standard deviation shaded, with the known references."""
-    from matplotlib.figure import Figure       # here: half a second that --help need not wait for
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    x, mean, std = (np.array([row[name] for row in rows])
-                    for name in ("env_steps", "return_mean", "return_std"))
-    axes.plot(x, mean, "o-", ms=3, label="mean of an evaluation, +- one standard deviation")
-    axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0)
-    labels = dict(random="random policy", best="best possible", paper="AMAGO paper")
-    for (name, y), style in zip(env.references.items(), (":", "--", "-.")):
-        axes.axhline(y, ls=style, color="0.3", lw=1.2, label=f"{labels[name]}: {y:g}")
-    axes.set(xlabel="environment steps", ylabel="return per episode", title=env.name)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
-
-
-# ==================================================================================================
 # 11. Checkpoint
-def save_checkpoint(path, config, agent, learner, env_steps):
-    """Write everything that was learned, atomically: a crash leaves the previous file intact."""
-    state = dict(version=1, config=dataclasses.asdict(config), spec=dataclasses.asdict(agent.spec),
-                 agent=agent.state_dict(), optimizer=learner.optimizer.state_dict(),
-                 updates=learner.updates, env_steps=env_steps)
+#    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
+def save_run(folder, run, final=False):
+    """Write everything that it takes to continue `run` exactly: a dict of its parts, see `train`.
+
+    Every process hands its own part to the first, which writes. A full disk is reported, and costs
+    no more than this checkpoint; at the end of a run it is an OSError.
+    """
+    learner, generator = run["learner"], json.dumps(run["rng"].bit_generator.state)
+    own = dict(buffer=run["buffer"].state(), collector=run["collector"].state(),
+               rng=generator, torch_rng=torch.get_rng_state())
+    if torch.cuda.is_available():
+        own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
+    processes = gather_on_rank_0(own)
+    run["log"].saved_at = time.monotonic()
+    if process_rank() == 0:
+        state = dict(version=VERSION, config=dataclasses.asdict(learner.config),
+                     spec=dataclasses.asdict(learner.agent.spec), learner=learner.state(),
+                     env_steps=run["collector"].env_steps, log=run["log"].state(),
+                     processes=processes)
+        with contextlib.nullcontext() if final else report_disk_trouble():
+            save_checkpoint(folder / "checkpoint.pt", state)
+
+
+def restore_run(run, state):
+    """The inverse of save_run: `state` comes from load_checkpoint, `run` is freshly made."""
+    own = state["processes"][process_rank()]
+    for name in ("learner", "log"):
+        run[name].restore(state[name])
+    for name in ("buffer", "collector"):
+        run[name].restore(own[name])
+    run["rng"].bit_generator.state = json.loads(own["rng"])
+    torch.set_rng_state(own["torch_rng"])
+    if "cuda_rng" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda_rng"], run["learner"].device)
+
+
+def save_checkpoint(path, state):
+    """Write nested dicts and lists of tensors, arrays, numbers and strings, atomically: whatever
+    happens meanwhile, `path` holds either the previous state or this one. OSError if it cannot."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(plain(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:               # torch turns the one into the other
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: {problem}") from problem
+
+
+def plain(x):
+    """numpy arrays as tensors, at any depth: torch.load refuses everything that could run code."""
+    if isinstance(x, dict):
+        return {name: plain(part) for name, part in x.items()}
+    if isinstance(x, list):
+        return [plain(part) for part in x]
+    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
 
 
 def load_checkpoint(folder, device="cpu"):
-    """-> config, agent (in eval mode, on `device`), and the checkpoint's dict. UsageError if the
-    folder holds no checkpoint. Loads with weights_only=True: nothing is unpickled."""
+    """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
+
+    Raises UsageError for a folder without a checkpoint, and for a file that is damaged, foreign or
+    of another version.
+    """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        raise UsageError(f"{path} is not there: --eval takes a folder that a training run wrote")
-    state = torch.load(path, map_location=device, weights_only=True)
+        raise UsageError(f"{path} is not there; give a folder that a training run wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
+            broken = archive.testzip()
+        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:                             # any byte of it may be wrong
+        raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        version = state.get("version") if isinstance(state, dict) else "none"
+        raise UsageError(f"{path} is damaged" if broken else
+                         f"{path} has version {version}, this program reads {VERSION}")
     config, spec = Config(**state["config"]), Spec(**state["spec"])
     agent = Agent(spec, config).to(device).eval()
-    agent.load_state_dict(state["agent"])
+    agent.load_state_dict(state["learner"]["average"])
     return config, agent, state
+
+
+def resumed_config(given, folder):
+    """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
+
+    Raises UsageError for an option that may not change.
+    """
+    config, agent, state = load_checkpoint(folder)
+    free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
+    for name, value in given.items():
+        if name not in (*free, "resume") and value != getattr(config, name):
+            flags = ", ".join("--" + x.replace("_", "-") for x in free)
+            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
+                             f" {getattr(config, name)!r}); these may: {flags}")
+    config = dataclasses.replace(config, **given)
+    if Spec.of(environments.make_env(config.env)) != agent.spec:
+        raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
+    if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
+        raise UsageError(f"{folder} was trained by {len(state['processes'])} processes; resume it"
+                         " with as many")
+    return config, state
 
 
 # ==================================================================================================
 # 12. Command line
-class Parser(argparse.ArgumentParser):
-    """argparse that complains in one line, with the nearest valid flag."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        if unknown:
-            flags = self._option_string_actions
-            message = f"unknown option {unknown[1]}{nearest(unknown[1], flags)}"
-        raise UsageError(message)
-
-
 def parse_command_line(argv=None):
-    """Config from the command line: one flag per field. Raises UsageError."""
-    parser = Parser(prog="amago_min.py", allow_abbrev=False,
-                    description="AMAGO: in-context reinforcement learning in one file.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(Config):
-        value, rule = field.default, field.metadata
-        kind = type(value[0] if isinstance(value, tuple) else value)
-        how = dict(type=kind, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(kind))
-        if isinstance(value, tuple):
-            how.update(nargs="+")
-        elif kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif rule["choices"]:
-            how.update(metavar="|".join(rule["choices"]))
-        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
-                            **how)
-    return Config(**vars(parser.parse_args(argv)))
+    """-> Config, and the checkpoint that it resumes or None. Raises UsageError."""
+    values, given = read_command_line(Config, "amago_min.py", argv)
+    if values["resume"]:
+        return resumed_config(given, values["resume"])
+    with_eval = {"eval", "episodes", "render", "instruction", "seed", "device", "threads"}
+    wrong = sorted(given.keys() - with_eval if values["eval"] else
+                   given.keys() & {"render", "instruction"})
+    if wrong:
+        raise UsageError(f"--{wrong[0].replace('_', '-')} goes {'without' if values['eval'] else 'with'}"
+                         " --eval FOLDER")
+    return Config(**values), None
+
+
+def evaluate_saved(config):
+    """--eval: load an agent, play, print what it reached, and --render one episode."""
+    saved, agent, state = load_checkpoint(config.eval, config.torch_device())
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # Not below 2^31: seeds that no training has seen.
+    score = evaluate(agent, saved.env, config.episodes, saved.context, 2**31 + config.seed)
+    print(f"{saved.env} after {state['env_steps']:,} env steps: return {score['return_mean']:.3f}"
+          f" +- {score['return_std']:.3f} over {score['episodes']} episodes"
+          + ("" if math.isnan(score["success"]) else f", success {score['success']:.3f}"))
+    if len(score["inner_returns"]) > 1:
+        print("return of each inner episode:", *(f"{x:.3f}" for x in score["inner_returns"]))
+    if config.render:
+        from notebooks import plots               # drawing is not what this file is about
+        print(plots.render(agent, saved, config.render, seed=2**31 + config.seed))
 
 
 def main(argv=None):
     """-> exit code: 0 done, 1 the run broke (state saved), 2 bad arguments, 130 Ctrl-C (saved)."""
     try:
-        config = parse_command_line(argv)
+        config, saved = parse_command_line(argv)
         if config.eval:
-            saved, agent, state = load_checkpoint(config.eval, config.torch_device())
-            score = evaluate(agent, saved.env, config.eval_episodes, saved.context, config.seed)
-            print(f"{saved.env} after {state['env_steps']:,} env steps:",
-                  *(f"{name} {value:.6g}" for name, value in score.items()))
+            evaluate_saved(config)
         else:
-            train(config)
+            train(config, saved)
     except (UsageError, ModuleNotFoundError) as problem:
         print(f"amago_min.py: {problem}", file=sys.stderr)
         return 2
-    except (NonFiniteLoss, BrokenEnvironment) as problem:
+    except (NonFiniteLoss, BrokenEnvironment, OSError, dist.DistError) as problem:
         print(f"amago_min.py stopped: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as saved:
         print("amago_min.py: interrupted", *saved.args, sep="; ", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Every environment of the project, behind one interface. numpy and gymnasium only, no torch.
+"""Everything around the agent, without torch: every environment behind one interface, and the
+files that a run leaves.
 
     from envs import make_env
     env = make_env("popgym:RepeatPrevious", seed=0)      # or "gym:CartPole-v1?horizon=200"
@@ -24,38 +25,53 @@ With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 
 Crafter has "texture": uint8 (63,) too, tiles by number, up to the space's high.
 
 Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
-and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures;
-11 crafter; 12 the list.
+and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures; 11 crafter;
+12 many side by side; 13 what an agent must know; 14 what a run leaves behind; 15 a command line;
+16 the list.
 """
 
 import argparse
 import collections
 import contextlib
+import csv
+import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import json
 import math
+import multiprocessing
 import operator
 import os
 import random
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from tqdm import tqdm
 
 
 # ---- 1. Names and errors --------------------------------------------------------------------
 # A name is `suite:Name?key=value&key=value`. Every mistake in it ends in a one-line ValueError
 # with the nearest valid choices, every absent package in a ModuleNotFoundError with its command.
+
+
+class UsageError(ValueError):
+    """The user asked for something that is not there; the message, one line, says what is."""
 
 
 def make_env(name, seed=None, **options):
@@ -735,6 +751,53 @@ def shorten(text):
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
+class GoalRarity:
+    """Importance sampling of hindsight goals ([1] App. B): what is rarely met teaches most.
+
+        weight(goal) = (-log10 f)^4 in [1e-3, 1e5],    a step weighs the sum of its goals
+
+    f: the share of steps that reached the goal, or that of rollouts, one or the other for a whole
+    relabeling. For each draw the weights are shaped in one of four ways: left out (p = .2), minus
+    their minimum (.1), minus their median (.1), the five largest alone (.6).
+    """
+
+    def __init__(self):
+        self.steps, self.rollouts, self.total = {}, {}, [0, 0]   # goal -> count; of all
+
+    def update(self, achieved):
+        """achieved (T, M, W) of a new rollout."""
+        goals = [tuple(goal) for goal in achieved[achieved[..., 0] != 0].tolist()]
+        for table, found in ((self.steps, goals), (self.rollouts, set(goals))):
+            for goal in found:
+                table[goal] = table.get(goal, 0) + 1
+        self.total = [self.total[0] + len(achieved), self.total[1] + 1]
+
+    def choose(self, reached, steps, h, rng):
+        """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
+        which = int(rng.integers(2))
+        table, total = (self.steps, self.rollouts)[which], max(1, self.total[which])
+        goals = [reached[t][reached[t][:, 0] != 0] for t in steps]
+        share = [np.array([table.get(tuple(goal), 1e-3) for goal in g.tolist()]) / total
+                 for g in goals]
+        weight = [np.clip(np.log10(np.minimum(f, 1)) ** 4, 1e-3, 1e5) for f in share]
+        left, chosen = list(range(len(steps))), []
+        for _ in range(h):
+            p = self.shaped(np.array([weight[i].sum() for i in left]), rng)
+            i = left.pop(rng.choice(len(left), p=p))
+            chosen.append((steps[i], goals[i][rng.choice(len(goals[i]),
+                                                         p=self.shaped(weight[i], rng))]))
+        return [t for t, _ in chosen], [goal for _, goal in chosen]
+
+    @staticmethod
+    def shaped(weight, rng):
+        """Probabilities (n,) from weights (n,)"""
+        kind = rng.choice(4, p=(0.2, 0.1, 0.1, 0.6))
+        shaped = (np.ones_like(weight), weight - weight.min(),
+                  np.maximum(weight - np.median(weight), 1e-5),
+                  np.where(weight >= np.sort(weight)[-5:][0], weight, 0.0))[kind]
+        return shaped / shaped.sum() if shaped.sum() > 0 else np.full(len(weight), 1 / len(weight))
+
+
 # ---- 8. Memory and meta-RL worlds -----------------------------------------------------------
 # Sources are sections and appendices of the AMAGO paper [1].
 
@@ -868,7 +931,9 @@ class TMaze(World):
         check_options(self.name, options, ())
         self.observation_space = spaces.Box(np.float32([0, -1]), np.float32([1, 1]))
         self.action_space = spaces.Discrete(4)
-        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0, "paper": 1.0}
+        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0}
+        if self.length <= 10_000:
+            self.references["paper"] = 1.0
         self.max_return = 1.0
 
     def draw(self, rng):
@@ -1055,34 +1120,35 @@ class Maze(Instructed):
                  paper: 15x15 97 %, without position 91 %; 31x31 ("30x30") 72 %, rewired 68 %
     """
 
+    DEFAULTS = {"goals": 3, "position": True, "rewired": False}
     RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
     keys = GRID_KEYS
 
     def __init__(self, size, **options):
         rows, columns = (2 * (n // 2) + 1 for n in grid_size("maze", size, 5))
         name = f"maze:{rows}x{columns}"
-        check_options(name, options, ["goals", "instruction", "position", "rewired"])
-        goals = positive_int(name, "goals", options.get("goals", 3))
+        check_options(name, options, [*self.DEFAULTS, "instruction"])
+        options = {**self.DEFAULTS, **options}
+        goals = positive_int(name, "goals", options["goals"])
         if goals > 5:
             raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
-        self.rewired = flag(name, "rewired", options.get("rewired", False))
-        self.position_seen = flag(name, "position", options.get("position", True))
-        defaults = {"goals": 3, "rewired": False, "position": True}
-        canonical = {"goals": goals, "rewired": self.rewired, "position": self.position_seen}
-        options = {**options, **canonical}
-        options = {key: value for key, value in options.items() if value != defaults.get(key)}
+        for key in ("position", "rewired"):
+            options[key] = flag(name, key, options[key])
+        self.position_seen, self.rewired = options["position"], options["rewired"]
+        written = {key: value for key, value in options.items()
+                   if key == "instruction" or value != self.DEFAULTS[key]}
         self.rows, self.columns = rows, columns
         self.start = (rows - 2, columns // 2)
         self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
         self.action_space = spaces.Discrete(5)
-        self.set_up(name, options, goals, 2, max(rows, columns), vector=spaces.Box(
+        self.set_up(name, written, goals, 2, max(rows, columns), vector=spaces.Box(
             0, 1, (6 if self.position_seen else 4,), np.float32))
         self.references = {"best": (1 + goals) / 2}
         if goals == 3 and (rows, columns) in self.RANDOM:
             self.references["random"] = self.RANDOM[rows, columns]
         if self.fixed is not None or goals == 1:
-            count = 1 if self.fixed is None else len(goal_list(self.fixed))
-            self.references, self.max_return = {"best": float(count)}, float(count)
+            self.max_return = 1.0 if self.fixed is None else float(len(goal_list(self.fixed)))
+            self.references = {"best": self.max_return}
 
     def begin_world(self, rng, goals):
         wall = draw_maze(self.rows, self.columns, rng)
@@ -1957,7 +2023,470 @@ def crafter_goals():
 CRAFTER_GOALS = crafter_goals()
 
 
-# ---- 12. The list --------------------------------------------------------------------------
+# ---- 12. Many environments side by side ------------------------------------------------------
+
+
+class BrokenEnvironment(RuntimeError):
+    """An environment broke its own contract; the message names environment, step and key."""
+
+
+class Shard:
+    """Environments that step one after the other in one process, every observation checked."""
+
+    def __init__(self, name, seeds, first=0):
+        self.name, self.first = name, first
+        self.envs = [make_env(name, seed=seed) for seed in seeds]
+        self.time = [0] * len(self.envs)
+
+    def begin(self, i, options=None):
+        """Reset environment i -> (first observation, env.episode)"""
+        observation, _ = self.envs[i].reset(options=options)
+        self.time[i] = 0
+        self.check(i, observation)
+        return observation, self.envs[i].episode
+
+    def begin_all(self, _=None):
+        return [self.begin(i) for i in range(len(self.envs))]
+
+    def step(self, actions):
+        """-> per environment (observation, reward, terminated, truncated, info, what begin gave if
+        the episode ended, else None)"""
+        results = []
+        for i, (env, action) in enumerate(zip(self.envs, actions)):
+            observation, reward, terminated, truncated, info = env.step(action)
+            self.time[i] += 1
+            self.check(i, observation)
+            if not np.isfinite(reward):
+                raise self.broken(i, f"the reward is {reward}")
+            ended = terminated or truncated
+            if not ended and self.time[i] >= env.horizon:
+                raise self.broken(i, f"the episode goes on beyond its horizon of {env.horizon}")
+            results.append((observation, reward, terminated, truncated, info,
+                            self.begin(i) if ended else None))
+        return results
+
+    def state(self, _=None):
+        """-> per environment (episode, state of the generator that draws the next episodes)"""
+        return [(env.episode, env.np_random.bit_generator.state) for env in self.envs]
+
+    def restore(self, states):
+        """states: per environment what `state` gave, and the actions since the episode began."""
+        for i, (episode, generator, actions) in enumerate(states):
+            self.begin(i, {"episode": episode})
+            for action in actions:
+                self.envs[i].step(action)
+            self.time[i] = len(actions)
+            self.envs[i].np_random.bit_generator.state = generator
+
+    def check(self, i, observation):
+        space = self.envs[i].observation_space
+        if not isinstance(space, spaces.Dict):
+            name = "image" if is_image(space) else "vector"
+            space, observation = {name: space}, {name: observation}
+        elif not isinstance(observation, dict) or set(observation) != set(space):
+            raise self.broken(i, f"the observation is not a dict of {', '.join(space)}")
+        for part, box in space.items():
+            x = observation[part]
+            if getattr(x, "shape", None) != box.shape:
+                raise self.broken(i, f"observation {part!r} has shape {np.shape(x)}, not"
+                                     f" {box.shape}")
+            if x.dtype.kind == "f" and not np.isfinite(x).all():
+                raise self.broken(i, f"observation {part!r} holds NaN or inf: {x}")
+
+    def broken(self, i, what):
+        return BrokenEnvironment(f"{self.name}: at step {self.time[i]} of environment"
+                                 f" {self.first + i}, {what}")
+
+
+class ParallelEnvs:
+    """N environments side by side: in this process, or spread over `workers` processes.
+
+    `send` starts a step, `receive` waits for it: between the two, workers step while the caller
+    does something else. The results are the same with any number of workers; they pay where a step
+    costs more than the trip to another process and back, about 0.1 ms.
+    """
+
+    def __init__(self, name, seeds, workers=0):
+        self.closed = False
+        parts = np.array_split(np.arange(len(seeds)), max(1, min(workers, len(seeds))))
+        self.parts = [slice(part[0], part[-1] + 1) for part in parts]
+        arguments = [(name, [int(seed) for seed in seeds[part]], part.start)
+                     for part in self.parts]
+        if not workers:
+            self.shard, self.sent = Shard(*arguments[0]), None
+            self.pipes = []
+            return
+        context = multiprocessing.get_context("spawn")    # a fork would copy torch's threads
+        self.pipes, self.processes = [], []
+        for argument in arguments:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, *argument), daemon=True)
+            process.start()
+            theirs.close()                                # so that the pipe ends with the worker
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def send(self, command, arguments=None):
+        """Start a Shard's `command`; arguments: one per environment, or None."""
+        self.sent = command, arguments
+        for pipe, part in zip(self.pipes, self.parts):
+            pipe.send((command, None if arguments is None else arguments[part]))
+
+    def receive(self):
+        """-> what the command gave, a list with one entry per environment"""
+        if not self.pipes:
+            command, arguments = self.sent
+            return getattr(self.shard, command)(arguments)
+        results = []
+        for pipe in self.pipes:
+            try:
+                result = pipe.recv()
+            except EOFError:
+                raise BrokenEnvironment("a worker process that steps environments died") from None
+            if isinstance(result, Exception):
+                raise result
+            results += result or ()
+        return results
+
+    def call(self, command, arguments=None):
+        self.send(command, arguments)
+        return self.receive()
+
+    def close(self):
+        """End the workers; also called when this object or this process goes away."""
+        for pipe in self.pipes:
+            pipe.close()
+        self.pipes = []
+
+
+def serve(pipe, *arguments):
+    """A worker's life: one Shard, commands in, results out, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's to handle
+    shard = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            command, argument = pipe.recv()
+            try:
+                shard = shard or Shard(*arguments)
+                pipe.send(getattr(shard, command)(argument))
+            except Exception as problem:
+                pipe.send(problem)
+
+
+# ---- 13. What an agent must know of an environment --------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
+    vector: int = 0             # length of the observation vector, 0 if there is none
+    image: tuple = ()           # (height, width, channels) of the picture, () if there is none
+    texture: tuple = ()         # (cells of a map, ids), () if there is none
+    instruction: tuple = ()     # (K, words per slot, vocabulary), () if there is none
+    achieved: tuple = ()        # (M, W): at most M goals of W words are reached by one step
+    discrete: bool = True
+    actions: int = 1            # A: number of actions, or dimensions of a continuous one
+    nvec: tuple = ()            # a MultiDiscrete action's factors; A is their product
+    horizon: int = 1            # longest possible rollout
+
+    @staticmethod
+    def of(env):
+        """Read the spec off a gymnasium.Env made by envs.make_env."""
+        space = env.observation_space
+        if not isinstance(space, gymnasium.spaces.Dict):
+            space = {"image" if len(space.shape) == 3 else "vector": space}
+        parts = {name: box.shape for name, box in space.items()}
+        if "vector" in parts:
+            parts["vector"], = parts["vector"]
+        for name in {"texture", "instruction"} & set(parts):
+            parts[name] += (int(space[name].high.max()) + 1,)
+        if hasattr(env, "max_achieved"):
+            parts["achieved"] = (env.max_achieved, parts["instruction"][1] - 1)
+        action = env.action_space
+        if isinstance(action, gymnasium.spaces.Discrete):
+            parts.update(actions=int(action.n))
+        elif isinstance(action, gymnasium.spaces.MultiDiscrete):
+            nvec = tuple(int(n) for n in action.nvec)
+            parts.update(actions=math.prod(nvec), nvec=nvec)
+        else:
+            parts.update(discrete=False, actions=action.shape[0])
+        return Spec(horizon=int(env.horizon), **parts)
+
+    def to_env(self, action):
+        """The agent's actions (N,) or (N, A) as a list of what each environment's step takes."""
+        if not self.discrete:
+            return list(action)
+        if self.nvec:
+            return list(np.stack(np.unravel_index(action, self.nvec), -1))
+        return action.tolist()
+
+
+# ---- 14. What a run leaves behind: log.csv, curve.png, eval.json, config.json -----------------
+
+# Column of log.csv -> (title, width, format in the console's table, meaning).
+COLUMNS = {
+    "env_steps": ("env steps", 11, ",.0f", "environment steps so far"),
+    "updates": ("updates", 9, ",.0f", "gradient updates so far"),
+    "seconds": ("seconds", 9, ".1f", "training time: acting and learning, without evaluations"),
+    "return_mean": ("return", 9, ".3f", "mean return of the evaluation's episodes"),
+    "return_std": ("+-", 7, ".3f", "their standard deviation"),
+    "success": ("success", 9, ".2f", "share that the environment calls a success, if it does"),
+    "train_return": ("train", 8, ".3f", "mean return of the rollouts since the last row (noisy)"),
+    "critic_loss": ("critic", 8, ".3f", "mean squared TD error, in PopArt's units"),
+    "actor_loss": ("actor", 8, ".3f", "minus the lowest critic's value of the policy, same units"),
+    "bc_loss": ("bc", 7, ".3f", "filtered behaviour cloning loss"),
+    "filter": ("filter", 7, ".2f", "share of replayed actions that the critics prefer to pi"),
+    "value": ("value", 8, ".3f", "mean TD target of the acting gamma, in units of reward"),
+    "grad_norm": ("grad", 7, ".1f", "norm of the gradient before clipping"),
+    "acts_per_s": ("acts/s", 8, ",.0f", "environment steps per second spent acting"),
+    "updates_per_s": ("updates/s", 11, ".1f", "updates per second spent learning"),
+}
+
+
+class Log:
+    """The files of one run, and the table on the console. Nothing is written before it is made."""
+
+    def __init__(self, config, env, agent, goal, writes=True):
+        """agent: a line on it for the console; goal: the return that ends the run; writes: False
+        in all but the first of several processes."""
+        self.config, self.env, self.writes = config, env, writes
+        self.rows, self.next_eval = [], 0
+        self.returns, self.sums, self.count = [], {}, 0       # since the last row
+        self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
+        self.saved_at = time.monotonic()
+        self.folder = Path(config.resume) if config.resume else output_folder(config)
+        known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
+        until = f"return {goal:g} or " if goal < math.inf else ""
+        self.header = (
+            f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
+            f"{agent}; until {until}{config.env_steps:,} env steps\n\n"
+            + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS.values()))
+        self.bar = tqdm(total=config.env_steps, unit=" steps", leave=False, dynamic_ncols=True,
+                        disable=None if self.writes else True)
+
+    @contextlib.contextmanager
+    def files(self, save):
+        """Write everything that a run leaves, however the `with` block ends; save() is called
+        before the last files."""
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {name: importlib.metadata.version(name)
+                        for name in ("torch", "numpy", "gymnasium")}
+            versions["python"] = sys.version.split()[0]
+            git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, text=True,
+                                 capture_output=True, cwd=Path(__file__).resolve().parent)
+            self.json("config.json", dict(dataclasses.asdict(self.config), versions=versions,
+                                          commit=git.stdout.strip(), command=" ".join(sys.argv)))
+            self.csv()
+            tqdm.write(self.header)
+        try:
+            yield
+        finally:
+            self.bar.close()
+            save()
+            if self.rows and self.writes:
+                self.finish()
+
+    def progress(self, env_steps):
+        self.bar.update(env_steps - self.bar.n)
+
+    def checkpoint_due(self):
+        return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+
+    @contextlib.contextmanager
+    def timer(self, what):
+        """Adds the seconds spent inside the `with` block to what = acting or learning."""
+        start = time.perf_counter()
+        yield
+        self.clock[what] += time.perf_counter() - start
+
+    def add(self, info):
+        """Take in one update's dict of scalar tensors, which stay on their device until the next
+        row: reading them here would make a GPU wait."""
+        self.sums = {name: x + self.sums.get(name, 0.0) for name, x in info.items()}
+        self.count += 1
+
+    def row(self, score, env_steps, updates):
+        """One evaluation: a row of log.csv and of the console's table."""
+        last = self.rows[-1] if self.rows else dict(self.clock, env_steps=0, updates=0)
+        if env_steps >= self.next_eval:
+            self.next_eval = env_steps + max(self.config.eval_every, env_steps // 10)
+        elif env_steps == last["env_steps"]:                  # a finished run was resumed
+            return
+        row = dict(score, **self.clock, env_steps=env_steps, updates=updates,
+                   seconds=sum(self.clock.values()),
+                   train_return=float(np.mean(self.returns)) if self.returns else math.nan)
+        row.update({name: x.item() / self.count for name, x in self.sums.items()})
+        for name, count, clock in (("acts_per_s", "env_steps", "acting"),
+                                   ("updates_per_s", "updates", "learning")):
+            seconds = row[clock] - last[clock]
+            row[name] = (row[count] - last[count]) / seconds if seconds else math.nan
+        self.rows.append(row)
+        self.returns, self.sums, self.count = [], {}, 0
+        if self.writes:
+            with report_disk_trouble():
+                self.csv()
+            cells = ((row.get(name, math.nan), how, width) for name, (_, width, how, _)
+                     in COLUMNS.items())
+            tqdm.write("".join(("-" if math.isnan(x) else format(x, how)).rjust(width)
+                               for x, how, width in cells))
+
+    def finish(self):
+        """eval.json and curve.png from the rows so far, and a last line that says where."""
+        last = dict(self.rows[-1], env=self.env.name, seed=self.config.seed)
+        last["train_seconds"] = last["seconds"]
+        if math.isnan(last["success"]):
+            last["success"] = None
+        self.json("eval.json", {name: last[name] for name in (
+            "env", "return_mean", "return_std", "success", "episodes", "env_steps", "updates",
+            "train_seconds", "seed")})
+        plot_curve(self.rows, self.env, self.folder / "curve.png")
+        tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
+                   f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
+                   f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
+                   f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
+
+    def csv(self):
+        with open(self.folder / "log.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for row in self.rows:
+                values = (row.get(name, math.nan) for name in COLUMNS)
+                writer.writerow("" if math.isnan(x) else f"{x:.8g}" for x in values)
+
+    def json(self, name, content):
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+    def state(self):
+        return dict(rows=self.rows, next_eval=self.next_eval, clock=self.clock, sums=self.sums,
+                    returns=self.returns, count=self.count)
+
+    def restore(self, state):
+        vars(self).update(state)
+
+
+def output_folder(config):
+    """--out, or the first free one of runs/<env>-<seed>, runs/<env>-<seed>-2, ...
+
+    Raises UsageError if --out holds a run already: nobody's run is ever overwritten.
+    """
+    out = Path(config.out)
+    if config.out and (out / "log.csv").exists():
+        raise UsageError(f"--out {out} already holds a run; choose another folder")
+    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
+        raise UsageError(f"--out {out} cannot be a folder: there is a file in its place")
+    stem = f"runs/{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
+    names = (Path(stem if i == 1 else f"{stem}-{i}") for i in itertools.count(1))
+    return out if config.out else next(name for name in names if not name.exists())
+
+
+def plot_curve(rows, env, path):
+    """Return against env steps, one standard deviation shaded, with the known references."""
+    from matplotlib.figure import Figure       # here: half a second that --help need not wait for
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    x, mean, std = (np.array([row[name] for row in rows])
+                    for name in ("env_steps", "return_mean", "return_std"))
+    axes.plot(x, mean, "o-", ms=3, label="mean of an evaluation, +- one standard deviation")
+    axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0)
+    labels = dict(random="random policy", best="best possible", paper="AMAGO paper")
+    for (name, y), style in zip(env.references.items(), (":", "--", "-.")):
+        axes.axhline(y, ls=style, color="0.3", lw=1.2, label=f"{labels[name]}: {y:g}")
+    axes.set(xlabel="environment steps", ylabel="return per episode", title=env.name)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Inside this `with` block Ctrl-C and SIGTERM only set an event, so that a run ends between two
+    steps, with everything consistent. A second one interrupts at once."""
+    caught = threading.Event()
+
+    def handler(number, frame):
+        if caught.is_set():
+            raise KeyboardInterrupt
+        caught.set()
+    main = threading.current_thread() is threading.main_thread()     # only it gets signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def report_disk_trouble():
+    """What cannot be written is said, and training goes on."""
+    try:
+        yield
+    except OSError as problem:
+        tqdm.write(f"not written: {problem}; training goes on, the last checkpoint is intact")
+
+
+# ---- 15. A command line from a dataclass ------------------------------------------------------
+
+
+def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
+    """A Config field: its default, its help text, what it may be (choices, or low..high), and
+    whether it is free to change when a run is resumed."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
+                                                            high=high, free=free))
+
+
+def check_options_of(config):
+    """UsageError if a field of the dataclass `config` breaks the rule that `option` gave it."""
+    for field in dataclasses.fields(config):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
+        rule = field.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
+                             + nearest(value, rule["choices"]))
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
+                continue
+            limit = rule["high"] if x > rule["low"] else rule["low"]
+            raise UsageError(f"{flag} {x} is out of range {rule['low']:g} .. {rule['high']:g}"
+                             + ("" if math.isinf(limit) else f"; the nearest limit is {limit}"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, with the nearest valid flag."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown:
+            flags = self._option_string_actions
+            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
+        raise UsageError(message)
+
+
+def read_command_line(kind, program, argv=None):
+    """One flag per field of the dataclass `kind` -> {field: value}, and only those written down."""
+    parser = Parser(prog=program, allow_abbrev=False,
+                    description="AMAGO: in-context reinforcement learning in one file.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(kind):
+        value, rule = field.default, field.metadata
+        of = type(value[0] if isinstance(value, tuple) else value)
+        how = dict(type=of, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(of))
+        if isinstance(value, tuple):
+            how.update(nargs="+")
+        elif of is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif rule["choices"]:
+            how.update(metavar="|".join(rule["choices"]))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
+                            **how)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    values = vars(parser.parse_args(argv))
+    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
+    return values, {name: value for name, value in values.items() if name in words}
+
+
+# ---- 16. The list --------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
 SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,

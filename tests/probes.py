@@ -18,7 +18,10 @@ class Probe(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.t, self.secret = 0, int(self.np_random.integers(2))
+        options = options or {"episode": int(self.np_random.integers(2**31))}
+        self.episode = options["episode"]
+        self.rng = np.random.default_rng(self.episode)
+        self.t, self.secret = 0, int(self.rng.integers(2))
         return self.look(), {}
 
     def step(self, action):
@@ -122,8 +125,8 @@ class Count(Probe):
     observation_space = Box(0, 9, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
-        observation, info = super().reset(seed=seed)
-        self.end = int(self.np_random.integers(1, self.horizon + 1))
+        observation, info = super().reset(seed=seed, options=options)
+        self.end = int(self.rng.integers(1, self.horizon + 1))
         return observation, info
 
     def seen(self):

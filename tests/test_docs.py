@@ -50,7 +50,8 @@ def options_table():
 def columns_table():
     """One row per column of log.csv."""
     rows = ["| column | meaning |", "|---|---|"]
-    return "\n".join(rows + [f"| `{name}` | {about[-1]} |" for name, about in am.COLUMNS.items()])
+    columns = am.environments.COLUMNS
+    return "\n".join(rows + [f"| `{name}` | {about[-1]} |" for name, about in columns.items()])
 
 
 TABLES = {"options": options_table, "columns": columns_table}
@@ -73,7 +74,7 @@ def test_readme_has_the_table(name):
 
 def test_every_column_is_explained():
     """Catches a column of log.csv that nobody can make sense of."""
-    assert all(len(about[-1].split()) >= 3 for about in am.COLUMNS.values())
+    assert all(len(about[-1].split()) >= 3 for about in am.environments.COLUMNS.values())
 
 
 def test_every_option_is_explained():
@@ -114,7 +115,7 @@ COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()
 def test_commands_can_be_typed(command):
     """Catches a command with an option or an environment that does not exist."""
     if "--help" not in command:
-        am.environments.make_env(am.parse_command_line(command).env)
+        am.environments.make_env(am.parse_command_line(command)[0].env)
 
 
 def test_there_are_commands():

@@ -169,7 +169,7 @@ def first_updates(monkeypatch, folder, seed):
         patch.setattr(am.Learner, "update", record_update)
         patch.setattr(am.Agent, "act", record_act)
         am.train(am.Config(env="gym:CartPole-v1?horizon=20", env_steps=200, parallel_envs=4,
-                           eval_episodes=2, seed=seed, out=str(folder)))
+                           episodes=2, seed=seed, out=str(folder)))
     return losses[:5], torch.cat(actions).tolist()
 
 
