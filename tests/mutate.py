@@ -18,6 +18,7 @@ NETWORK, LOSSES = "tests/test_network.py::test_", "tests/test_losses.py::test_"
 DATA, LEARNING = "tests/test_data.py::test_", "tests/test_learning.py::test_"
 CLI, ENVS = "tests/test_cli.py::test_", "tests/test_envs.py::test_"
 WORLDS = "tests/test_worlds.py::test_"
+CRAFTER = "tests/test_crafter.py::test_"
 AMAGO = "amago_min.py"
 
 MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tests that go red)
@@ -263,6 +264,43 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "self.packages -= 1", "pass", WORLDS + "delivery_rules"),
     ("destinations at forks", "envs.py",
      "if cell not in taken]", "]", WORLDS + "delivery_tasks"),
+    # crafter
+    ("creatures in the order of memory addresses", "envs.py",
+     "self.world._chunks = collections.defaultdict(OrderedSet)", "pass",
+     CRAFTER + "every_step_is_the_packages"),
+    ("newborn creatures act at once", "envs.py",
+     "if number < born:", "if True:", CRAFTER + "every_step_is_the_packages"),
+    ("far creatures sleep", "envs.py",
+     "REACH + 1))] * 2) <= REACH", "REACH + 1))] * 2) < REACH",
+     CRAFTER + "every_step_is_the_packages"),
+    ("islands use up too many random numbers", "envs.py",
+     "    random.set_state(state)\n", "", CRAFTER + "every_step_is_the_packages"),
+    ("more cows at noon than the package has", "envs.py",
+     "0 if meadow < 30 else 1, 1.5 + light)", "0 if meadow < 30 else 1, 2.5 + light)",
+     CRAFTER + "every_step_is_the_packages"),
+    ("an achievement counts once per episode", "envs.py",
+     "if now > count]", "if now > count == 0]", CRAFTER + "every_step_is_the_packages"),
+    ("noise of another seed", "envs.py",
+     "pick = (signed + 31) % (256 - i)", "pick = seed % (256 - i)",
+     CRAFTER + "noise_is_the_packages"),
+    ("looking by night changes the episode", "envs.py",
+     "random=np.random.default_rng((self.seed, self.time)))", "random=self.world.random)",
+     CRAFTER + "looking_by_night_changes_nothing"),
+    ("the screen slides at the shore", "envs.py",
+     "column, row = left - x + 4, top - y + 3", "column, row = 0, 0",
+     CRAFTER + "tiles_are_what_is_on_the_screen"),
+    ("two cells away is near enough", "envs.py",
+     "(x - across) ** 2 + (y - down) ** 2 >= 4", "(x - across) ** 2 + (y - down) ** 2 > 4",
+     CRAFTER + "places_are_less_than_two_cells_away"),
+    ("building counts where the agent stands", "envs.py",
+     'self.at_place("build at", x + across, y + down)', 'self.at_place("build at", x, y)',
+     CRAFTER + "places_are_less_than_two_cells_away"),
+    ("far journeys are as likely as short ones", "envs.py",
+     "p=np.arange(44, 0, -1) / 990", "p=np.full(44, 1 / 44)",
+     CRAFTER + "drawn_instructions_follow_the_paper"),
+    ("death does not end the episode", "envs.py",
+     'self.at_place("travel to", x, y), game.dead', 'self.at_place("travel to", x, y), False',
+     CRAFTER + "death_terminates_and_the_horizon_truncates"),
     # running
     ("NaN reaches the buffer", AMAGO,
      "if not np.isfinite(x).all():", "if False:", CLI + "a_broken_environment_is_named"),
