@@ -37,7 +37,7 @@ def play(env, make_policy, seed):
         observation, reward, terminated, truncated, info = env.step(
             policy(observation, reward, info))
         total, done = total + reward, terminated or truncated
-    return total, env.time, info
+    return total, getattr(env, "time", None), info
 
 
 def mean_return(name, policy, rollouts):
@@ -860,6 +860,12 @@ def test_simulated_robots(name, resets):
             same(result[0], first)  # the same task from the same beginning
     assert got == resets and ends[-1] == (False, True) and len(ends) == env.horizon
     assert name == "cheetah:vel" or result[4]["success"] in (0.0, 1.0)
+
+
+@needs["mujoco"]
+def test_cheetah_random_return():
+    mean, error = mean_return("cheetah:vel", uniform, 15)
+    assert mean == pytest.approx(make_env("cheetah:vel").references["random"], abs=4 * error)
 
 
 @needs["mujoco"]
