@@ -33,12 +33,9 @@ References
     [8] Morad et al. POPGym: Benchmarking Partially Observable RL. ICLR 2023.
 """
 
-import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -56,8 +53,9 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, Log, Spec, UsageError, catch_signals, nearest,
-                  report_disk_trouble)
+from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, UsageError,
+                  catch_signals, check_options_of, each, keep_freed_memory, option,
+                  read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
 
@@ -72,26 +70,12 @@ SIZES = {
     "small": dict(width=128, layers=2, heads=8, ff=512, hidden=256, lr=5e-4),
     "paper": dict(width=256, layers=3, heads=8, ff=1024, hidden=256, lr=2e-4),
 }
-POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message describes the batch."""
-
-
-def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
-    """A Config field: its default, its help text, what it may be (choices, or low..high), and
-    whether it is free to change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
-                                                            high=high, free=free))
 
 
 @dataclasses.dataclass
 class Config:
-    """All options. `Config(env="gym:CartPole-v1", lr=3e-4)` in Python, `--env ... --lr` in a shell.
-
-    Raises UsageError for a value that is out of range.
-    """
+    """All options: `Config(env=..., lr=...)` in Python, `--env ... --lr ...` in a shell. Raises
+    UsageError for a value that is out of range."""
     # what to run
     env: str = option("popgym:RepeatPrevious", "environment, suite:Name; python envs.py lists them")
     size: str = option("nano", "size of the agent", choices=tuple(SIZES))
@@ -99,6 +83,7 @@ class Config:
     resume: str = option("", "continue the run in this folder from its last checkpoint")
     eval: str = option("", "no training: evaluate the agent saved in this folder")
     render: str = option("", "with --eval: draw one episode into this .gif or .png")
+    instruction: str = option("", "with --eval: what to ask for, such as 'eat cow, collect wood'")
     # on which machine
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA if there is one",
                          free=True)
@@ -125,7 +110,12 @@ class Config:
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
     explore_steps: int = option(200_000, "env steps over which exploration noise fades", low=1)
-    context: int = option(1024, "longest memory in time steps; longer rollouts are cut", low=1)
+    context: int = option(1024, "longest rollout to learn from; of longer ones, a slice", low=1)
+    relabel: str = option("auto", "hindsight goals: none, a random number (some) or all of those"
+                          " that can be; auto = some, where there are instructions",
+                          choices=("auto", "none", "some", "all"))
+    importance: bool = option(True, "prefer hindsight goals that are rarely reached")
+    hide_plan: bool = option(False, "show the agent only the current goal of its instruction")
     # learning
     batch: int = option(24, "rollouts per update", low=1)
     lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1)
@@ -136,22 +126,14 @@ class Config:
                            "discount factors learned together; the last acts", low=0, high=.99999)
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
-    positions: str = option("both", "how attention knows the time", choices=POSITIONS)
+    memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
+    positions: str = option("both", "how attention knows the time",
+                            choices=("rotary", "learnable", "sinusoidal", "both"))
     bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
                                        " the agent sees the clock ([1], finite horizon)")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
-            rule = field.metadata
-            if rule["choices"] and value not in rule["choices"]:
-                raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
-                                 + nearest(value, rule["choices"]))
-            for x in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
-                    continue
-                limit = rule["high"] if x > rule["low"] else rule["low"]
-                raise UsageError(f"{flag} {x} is out of range; the nearest limit is {limit}")
+        check_options_of(self)
         self.lr = self.lr or SIZES[self.size]["lr"]
         if not self.gammas:
             raise UsageError("--gammas needs at least one number; the last one acts")
@@ -160,34 +142,17 @@ class Config:
                              " nor auto")
 
     def torch_device(self):
-        """The device to compute on. Raises UsageError if it is not there."""
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda":                                   # under torchrun: one for each process
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        """The device to compute on; under torchrun, a GPU for each process. UsageError if it is not
+        there."""
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        auto = cuda if torch.cuda.is_available() else "cpu"
+        name = dict(auto=auto, cuda=cuda).get(self.device, self.device)
         try:
             torch.empty(0, device=name if re.match("cpu|cuda|mps", name) else "unknown")
             return torch.device(name)
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
             raise UsageError(f"--device {name!r} is not here; there is {there}") from None
-
-    def autocast(self):
-        """Whether matrix products run in bfloat16: --amp auto says where that is measurably faster,
-        on a GPU, and on a CPU that has such instructions if the agent is not tiny."""
-        device, wide = self.torch_device().type, SIZES[self.size]["width"] >= 128
-        fast = (torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and wide
-                and torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return fast if self.amp == "auto" else self.amp == "on"
-
-
-def keep_freed_memory():
-    """Make glibc keep freed memory instead of handing it back to the kernel, which would have to
-    zero every page again: 7 % of a small update on a CPU, 40 % of one with continuous actions."""
-    with contextlib.suppress(OSError, AttributeError):       # another C library: nothing to set
-        ctypes.CDLL(None).mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
 
 
 # ==================================================================================================
@@ -217,29 +182,12 @@ class SigmaLinear(nn.Module):
         left, _, right = torch.linalg.svd(self.weight.detach(), full_matrices=False)
         self.register_buffer("u", left[:, 0].clone())    # (d_out,)
         self.register_buffer("v", right[0].clone())      # (d_in,)
-        self.kept = (None, None)                         # W_hat for acting, see below
-
-    def scaled_weight(self):
-        """W_hat (d_out, d_in): the weight that is really applied.
-
-        Acting takes many steps with the same weights, so W_hat is kept, until a forward that may
-        be learned from, train(), eval(), or a visible change of one of its tensors.
-        """
-        if self.training or torch.is_grad_enabled():
-            self.kept = (None, None)
-            return self._scaled_weight()
-        state = [(x.data_ptr(), x._version) for x in (self.weight, self.gamma, self.u, self.v)]
-        if self.kept[0] != state:
-            self.kept = state, self._scaled_weight()
-        return self.kept[1]
-
-    def train(self, mode=True):
-        self.kept = (None, None)     # a fused optimiser's step does not show in `_version`
-        return super().train(mode)
+        self.kept = None                                 # W_hat, see keep
 
     @torch.autocast("cuda", enabled=False)               # sigma is a float32 number
     @torch.autocast("cpu", enabled=False)
-    def _scaled_weight(self):
+    def scaled_weight(self):
+        """W_hat (d_out, d_in): the weight that is really applied."""
         u, v = self.u, self.v
         if self.training:
             with torch.no_grad():
@@ -255,7 +203,12 @@ class SigmaLinear(nn.Module):
         return self.weight * (self.gamma / (w_u @ v))
 
     def forward(self, x):
-        return F.linear(x, self.scaled_weight(), self.bias)
+        weight = self.scaled_weight() if self.kept is None else self.kept
+        return F.linear(x, weight, self.bias)
+
+    def keep(self):
+        """Compute W_hat once for many steps, where weights only act. Call it when they change."""
+        self.kept = self.scaled_weight().detach()
 
 
 class KVCache:
@@ -329,15 +282,16 @@ class CausalAttention(nn.Module):
         self.out = SigmaLinear(width, width)
         self.head_scale = nn.Parameter(torch.ones(heads, 1, 1))
 
-    def forward(self, x, rotation=None, cache=None, layer=0):
-        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache."""
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
+        """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
+        window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
             k, v, valid = cache.append(layer, k[:, :, 0], v[:, :, 0])    # (B, H, L, d)
             score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
@@ -363,9 +317,9 @@ class StableBlock(nn.Module):
         self.attention = CausalAttention(width, heads)
         self.ff1, self.ff2 = SigmaLinear(width, ff), SigmaLinear(ff, width)
 
-    def forward(self, x, rotation=None, cache=None, layer=0):
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
         """x (B, T, D) -> (B, T, D)"""
-        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer))
+        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer, window))
         h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
         return x + self.ff2(self.norm4(h))
 
@@ -376,15 +330,14 @@ class Transformer(nn.Module):
         training   forward(x (B, T, D), time (B, T))          whole rollouts at once
         acting     forward(x (N, 1, D), time (N, 1), cache)   one token, the past from the cache
 
-    Beyond `context` tokens: training cuts a random slice of `context` transitions, whose first
-    token sees nothing before it; acting slides, each token attends to the last `context` tokens.
-    The two agree exactly while a rollout is no longer than the context. After that a cached key of
-    layer 2 still carries what its token saw in layer 1, so acting remembers a little MORE than any
-    slice of training did (with one layer they agree exactly again).
+    memory: how many tokens attention reaches back, in both ways; 0 = to the first. A rollout longer
+    than the context is cut into slices for training, while acting slides: there a cached key of
+    layer 2 still carries what its token saw in layer 1, so acting remembers a little MORE.
     """
 
-    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024):
+    def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024, memory=0):
         super().__init__()
+        self.memory = memory
         assert width % (2 * heads) == 0, f"{width} does not split into {heads} heads of even size"
         self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
         self.blocks = nn.ModuleList([StableBlock(width, heads, ff) for _ in range(layers)])
@@ -408,14 +361,17 @@ class Transformer(nn.Module):
         if self.positions in ("rotary", "both"):
             angle = (time.unsqueeze(-1) * self.relative).unsqueeze(1)    # (B, 1, T, d / 2)
             rotation = angle.cos(), angle.sin()
+        window = None
+        if 0 < self.memory < T:
+            window = x.new_ones(T, T, dtype=torch.bool).tril().triu(1 - self.memory)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, cache, layer)
+            x = block(x, rotation, cache, layer, window)
         return self.norm(x)
 
     def new_cache(self, n_envs, context):
         """An empty KVCache that fits this network, on its device."""
-        return KVCache(len(self.blocks), n_envs, self.heads, context, self.width // self.heads,
-                       self.relative.device)
+        return KVCache(len(self.blocks), n_envs, self.heads, min(context, self.memory or context),
+                       self.width // self.heads, self.relative.device)
 
 
 # ==================================================================================================
@@ -460,13 +416,14 @@ class TimestepEncoder(nn.Module):
 
     The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
     normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
-    A picture goes through a small CNN, an instruction through an embedding per word and a linear
-    layer that sees all words in order.
+    A picture goes through a small CNN; the ids of a map of textures, and an instruction, through an
+    embedding per word and a linear layer that sees all words in order. hide_plan: the goals after
+    the active one are hidden.
     """
 
-    def __init__(self, spec, width, hidden):
+    def __init__(self, spec, width, hidden, hide_plan=False):
         super().__init__()
-        self.spec = spec
+        self.spec, self.hide_plan = spec, hide_plan
         d_in = 3 + spec.actions + spec.vector
         self.norm = RunningNorm(d_in)
         if spec.image:
@@ -477,12 +434,13 @@ class TimestepEncoder(nn.Module):
             self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * pixels, hidden),
                                        nn.LayerNorm(hidden))
             d_in += hidden
-        if spec.instruction:
-            slots, words, vocabulary = spec.instruction
-            self.instruction = nn.Sequential(nn.Embedding(vocabulary, 16), nn.Flatten(2),
-                                             nn.Linear(slots * words * 16, hidden),
-                                             nn.LayerNorm(hidden))
-            d_in += hidden
+        for name, words in (("texture", spec.texture), ("instruction", spec.instruction)):
+            if words:
+                *shape, vocabulary = words
+                setattr(self, name, nn.Sequential(
+                    nn.Embedding(vocabulary, 16), nn.Flatten(2),
+                    nn.Linear(math.prod(shape) * 16, hidden), nn.LayerNorm(hidden)))
+                d_in += hidden
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.LeakyReLU(inplace=True),
                                  nn.Linear(hidden, width), nn.LayerNorm(width))
 
@@ -503,8 +461,13 @@ class TimestepEncoder(nn.Module):
         if spec.image:
             image = tokens["obs"]["image"].flatten(0, 1).permute(0, 3, 1, 2)   # (BT, C, H, W)
             parts.append(self.image(image / 128 - 1).unflatten(0, time.shape))
+        if spec.texture:
+            parts.append(self.texture(tokens["obs"]["texture"].int()))
         if spec.instruction:
-            parts.append(self.instruction(tokens["obs"]["instruction"]))
+            words = tokens["obs"]["instruction"]                         # (B, T, K, 1 + W)
+            if self.hide_plan:
+                words = words * (words[..., :1] != environments.WAITING)
+            parts.append(self.instruction(words))
         return self.mlp(torch.cat(parts, dim=-1))
 
 
@@ -529,7 +492,7 @@ class Actor(nn.Module):
 
     def forward(self, s):
         # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
-        out = self.mlp(s.flatten(0, -2))
+        out = self.mlp(s.flatten(0, -2)).float()
         out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
         if self.discrete:
             return distributions.Categorical(logits=out, validate_args=False)
@@ -584,7 +547,8 @@ class Critics(nn.Module):
         # In place on h itself: on a view of it, autograd would copy the whole tensor.
         h = F.leaky_relu(h, inplace=True).view(C, -1, h.shape[-1])       # (C, N or N G, hidden)
         h = F.leaky_relu(torch.baddbmm(biases[1], h, weights[1]), inplace=True)
-        q = torch.baddbmm(biases[2], h, weights[2])                      # (C, rows, outputs)
+        with torch.autocast(s.device.type, enabled=False):               # values in float32
+            q = torch.baddbmm(biases[2], h.float(), weights[2])          # (C, rows, outputs)
         if self.discrete:
             return q.view((C,) + batch + (G, -1)).movedim(0, -3)         # (..., C, G, A)
         if action.dim() == s.dim():
@@ -734,11 +698,11 @@ class Agent(nn.Module):
         super().__init__()
         dims, critics, G = SIZES[config.size], config.critics, len(config.gammas)
         width, hidden = dims["width"], dims["hidden"]
-        self.spec, self.autocast = spec, config.autocast()
+        self.spec = spec
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
-        self.encoder = TimestepEncoder(spec, width, hidden)
+        self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
-                                       config.positions, spec.horizon)
+                                       config.positions, spec.horizon, config.memory)
         self.actor = Actor(width, spec.actions, G, hidden, spec.discrete)
         self.critics = Critics(width, spec.actions, G, critics, hidden, spec.discrete)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
@@ -748,7 +712,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_targets(self, tau):
         """target <- (1 - tau) target + tau online, for the heads only."""
-        for target, online in ((self.target_actor, self.actor), (self.target_critics, self.critics)):
+        for target, online in ((self.target_actor, self.actor),
+                               (self.target_critics, self.critics)):
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
     @torch.no_grad()
@@ -759,6 +724,12 @@ class Agent(nn.Module):
             critics.rescale(self.popart.w, self.popart.b)
         self.popart.w.fill_(1.0)
         self.popart.b.zero_()
+
+    def keep(self):
+        """For an agent that only acts, see SigmaLinear.keep."""
+        for layer in self.modules():
+            if isinstance(layer, SigmaLinear):
+                layer.keep()
 
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
@@ -772,9 +743,7 @@ class Agent(nn.Module):
         return self.actor(s).sample()[:, -1]
 
     def forward(self, batch, pair=None):
-        """`loss`, in bfloat16 where that is faster; what needs float32 asks for it."""
-        with torch.autocast(self.gammas.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.loss(batch, pair)
+        return self.loss(batch, pair)    # DistributedDataParallel and torch.compile wrap calls
 
     def loss(self, batch, pair=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
@@ -839,13 +808,6 @@ class Agent(nn.Module):
         return td_targets(reward, done, value, self.gammas)
 
 
-def each(function, x, *more):
-    """To every leaf: each(len, {"a": "x", "b": {"c": ""}}) -> {"a": 1, "b": {"c": 0}}"""
-    if not isinstance(x, dict):
-        return function(x, *more)
-    return {k: each(function, v, *(other[k] for other in more)) for k, v in x.items()}
-
-
 def clean_padding(tokens, mask):
     """Zero every padded entry, whatever its value (NaN too), so that none can matter.
 
@@ -882,43 +844,45 @@ class Trajectory:
     reward: np.ndarray      # (T,) float32
     done: np.ndarray        # (T,) bool
     reset: np.ndarray       # (T + 1,) bool
+    achieved: np.ndarray = None  # (T, M, W) int32: goals that each step reached; zeros = none
     success: float = math.nan
     episode: object = None  # begins this episode of the environment again, see envs.py
-
-    def inner_returns(self):
-        """Return of every inner episode, in order: one unless the rollout is of several."""
-        return [float(part.sum()) for part in np.split(self.reward, 1 + np.flatnonzero(
-            self.reset[1:-1]))]
 
     def __len__(self):
         return len(self.reward)
 
+    def tokens(self):
+        """The same as arrays of T + 1 tokens, see token_arrays."""
+        led_to = dict(action=self.action, reward=self.reward, done=self.done)
+        if self.achieved is not None:
+            led_to["achieved"] = self.achieved
+        first = {name: np.concatenate([np.zeros_like(x[:1], shape=(1,) + x.shape[1:]), x])
+                 for name, x in led_to.items()}
+        return dict(first, obs=self.obs, reset=self.reset)
 
-def token_arrays(spec, *shape):
-    """Zeroed arrays for `shape` tokens. action, reward and done lie with the token that they led
-    to, as the encoder reads them: action[t] of these arrays is action[t - 1] of a Trajectory."""
-    obs = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
-               instruction=(spec.instruction[:2], np.int32))
-    action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
-    layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
-                  reward=((), np.float32), done=((), bool), reset=((), bool))
-    # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
-    return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
+    @staticmethod
+    def of_tokens(tokens, **more):
+        led_to = {name: x[1:] for name, x in tokens.items() if name not in ("obs", "reset")}
+        return Trajectory(tokens["obs"], reset=tokens["reset"], **led_to, **more)
 
 
 class ReplayBuffer:
     """Whole trajectories, first in first out, in flat preallocated arrays.
 
     All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
-    then one fancy index per array, with no Python loop.
+    one slice per rollout and array, with no Python loop over time steps.
+
+    relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
+    rarity: a GoalRarity, which counts the goals of every rollout that comes in.
     """
 
-    def __init__(self, spec, capacity, rng):
-        self.capacity, self.rng = capacity, rng
+    def __init__(self, spec, capacity, rng, relabel=None, rarity=None):
+        self.spec, self.capacity, self.rng = spec, capacity, rng
+        self.relabel, self.rarity = relabel, rarity
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
-        self.tokens = token_arrays(spec, capacity)
+        self.tokens = spec.token_arrays(capacity)
         # Ring of trajectories: the oldest is at `first`, there are `count`.
         self.starts = np.zeros(capacity // 2 + 1, np.int64)
         self.lengths = np.zeros(capacity // 2 + 1, np.int64)
@@ -944,13 +908,10 @@ class ReplayBuffer:
             self._evict(self.write, self.capacity)
             self.write = 0
         self._evict(self.write, self.write + size)
-        here, tokens = slice(self.write, self.write + size), self.tokens
-        for name, x in trajectory.obs.items():
-            tokens["obs"][name][here] = x
-        tokens["reset"][here] = trajectory.reset
-        for name in ("action", "reward", "done"):
-            tokens[name][here][0] = 0
-            tokens[name][here][1:] = getattr(trajectory, name)
+        here = slice(self.write, self.write + size)
+        each(lambda store, x: np.copyto(store[here], x), self.tokens, trajectory.tokens())
+        if self.rarity:
+            self.rarity.update(trajectory.achieved)
         slot = (self.first + self.count) % len(self.starts)
         self.starts[slot], self.lengths[slot] = self.write, size - 1
         self.count += 1
@@ -962,21 +923,33 @@ class ReplayBuffer:
         -> dict(tokens=dict(obs=dict, action, reward, reset, time), each (B, T+1, ...),
                 done (B, T), mask (B, T)), on `device`. T is the longest of the B.
         """
-        pick = (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts)
-        length = np.minimum(self.lengths[pick], context)                 # (B,)
-        offset = self.rng.integers(self.lengths[pick] - length + 1)      # (B,)
+        rollouts = []
+        for i in (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts):
+            start, end = self.starts[i], self.starts[i] + self.lengths[i] + 1
+            tokens = each(lambda x: x[start:end], self.tokens)           # views, nothing copied
+            if self.relabel:
+                tokens = self.relabel(Trajectory.of_tokens(tokens)).tokens()
+            rollouts.append(tokens)
+        whole = np.array([len(tokens["reset"]) - 1 for tokens in rollouts])
+        length = np.minimum(whole, context)                              # (B,)
+        offset = self.rng.integers(whole - length + 1)                   # (B,)
         steps = np.arange(length.max() + 1)
-        # Beyond a rollout's end its last token is repeated; the mask says that it is not real.
-        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
-        index = self.starts[pick][:, None] + time
+        out = self.spec.token_arrays(batch, len(steps))
+        for b, tokens in enumerate(rollouts):
+            here = slice(offset[b], offset[b] + length[b] + 1)
+            each(lambda x, y: np.copyto(x[b, :length[b] + 1], y[here]), out, tokens)
         mask = steps[:-1] < length[:, None]                              # (B, T)
         self.replayed += int(length.sum())
 
         def tensor(x):
-            return torch.from_numpy(x).to(device, non_blocking=True)
-        tokens = each(lambda x: tensor(x[index]), self.tokens)
-        done = tokens.pop("done")[:, 1:]
-        return dict(tokens=dict(tokens, time=tensor(time)), done=done, mask=tensor(mask))
+            x = torch.from_numpy(x)
+            on_cpu = torch.device(device).type == "cpu"
+            return x if on_cpu else x.pin_memory().to(device, non_blocking=True)
+        done = tensor(out.pop("done")[:, 1:])
+        out.pop("achieved", None)
+        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
+        return dict(tokens=dict(each(tensor, out), time=tensor(time)), done=done,
+                    mask=tensor(mask))
 
     def state(self):
         """For a checkpoint: the trajectories from the oldest on, and the tokens that are in use."""
@@ -984,17 +957,78 @@ class ReplayBuffer:
         starts, lengths = self.starts[order], self.lengths[order]
         used = max(starts + lengths + 1, default=0)
         return dict(tokens=each(lambda x: x[:used], self.tokens), starts=starts, lengths=lengths,
-                    write=self.write, replayed=self.replayed)
+                    write=self.write, replayed=self.replayed,
+                    rarity=json.dumps(self.rarity and self.rarity.state()))
 
     def restore(self, state):
         self.first, self.count = 0, len(state["starts"])
         self.write, self.replayed = state["write"], state["replayed"]
         self.starts[:self.count], self.lengths[:self.count] = state["starts"], state["lengths"]
         each(lambda mine, saved: np.copyto(mine[:len(saved)], saved), self.tokens, state["tokens"])
+        if self.rarity:
+            self.rarity.restore(json.loads(state["rarity"]))
 
 
 # ==================================================================================================
-# 8. Rollouts and exploration ([1] App. A.2, Fig. 13)
+# 8. Hindsight instruction relabeling ([1] section 4, Algorithm 1)
+#    A rollout that failed at its instruction did something else, and is a perfect example of how to
+#    do that. So pretend that it was asked for: replace goals that were missed by goals that were
+#    met, in the order in which they were, and replay the rollout under the new instruction.
+def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
+    """Algorithm 1 -> a new Trajectory; the one given is not touched, and comes back as it is when
+    there is nothing to relabel. Step t of it reached the goals trajectory.achieved[t].
+
+    reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
+    show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
+    scheme: some = a random number of missed goals, all = as many as can be, none.
+    rarity: a GoalRarity, to prefer goals that are rarely met; None = any step is as good.
+    """
+    goals = trajectory.obs["instruction"][0, :, 1:]                      # (K, W)
+    k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
+    reached = trajectory.achieved                                        # (T, M, W)
+    # (1) n of the k goals were completed, at the steps `done`.
+    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
+    done, n = [], 0
+    for t in busy:
+        _, progress = reward_fn(goals, n, reached[t])
+        if progress > n:
+            done.append(t)
+            n = progress
+    # (2) Draw how many goals h to add,
+    h = dict(none=0, some=int(rng.integers(k - n + 1)), all=k - n)[scheme]
+    # (3) and so many other steps that reached something, with one of its goals each.
+    others = np.setdiff1d(busy, done)
+    h = min(h, len(others))
+    if h == 0:
+        return trajectory
+    if rarity is None:
+        steps = rng.choice(others, size=h, replace=False)
+        chosen = [rng.choice(reached[t][reached[t][:, 0] != 0]) for t in steps]
+    else:
+        steps, chosen = rarity.choose(reached, others, h, rng)
+    # (4) Merge them with the completed ones in order of time; the tail stays as it was.
+    merged = sorted([*zip(done, range(n), goals[:n]), *zip(steps, range(n, n + h), chosen)],
+                    key=lambda entry: entry[:2])
+    instruction = np.concatenate([[goal for _, _, goal in merged], goals[n + h:]]).astype(np.int32)
+    # (5) Replay: rewards, what the agent sees, and the end, which now may come earlier.
+    reward, shown = np.zeros(T, np.float32), np.empty_like(trajectory.obs["instruction"])
+    ended, progress, begin = trajectory.done.copy(), 0, 0
+    for t in busy:
+        shown[begin:t + 1] = show_fn(instruction, progress)
+        reward[t], progress = reward_fn(instruction, progress, reached[t])
+        begin = t + 1
+        if progress == k:
+            ended[t], T = True, t + 1
+            break
+    shown[begin:T + 1] = show_fn(instruction, progress)
+    obs = {name: x[:T + 1] for name, x in dict(trajectory.obs, instruction=shown).items()}
+    return dataclasses.replace(
+        trajectory, obs=obs, action=trajectory.action[:T], reward=reward[:T], done=ended[:T],
+        reset=trajectory.reset[:T + 1], achieved=reached[:T], success=float(progress == k))
+
+
+# ==================================================================================================
+# 9. Rollouts and exploration ([1] App. A.2, Fig. 13)
 class Exploration:
     """The randomised bi-level epsilon schedule.
 
@@ -1046,11 +1080,10 @@ class Collector:
         self.device = next(agent.parameters()).device
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
-        self.tokens = token_arrays(self.spec, n_envs, self.spec.horizon + 1)
+        self.tokens = self.spec.token_arrays(n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
-        self.env_steps = 0                               # on all processes of the run
-        self.acting = False                              # between `act` and the end of `receive`
+        self.env_steps, self.waiting = 0, False          # env_steps: of all processes of the run
         for i, first in enumerate(self.envs.call("begin_all")):
             self._begin(i, *first)
 
@@ -1066,10 +1099,10 @@ class Collector:
         action = self.agent.act(self.newest(), self.cache).cpu().numpy()
         if self.exploration:
             action = self.exploration(action, self.time, self.env_steps)
-        self.acting = True
         self.time += 1
         self.tokens["action"][self.rows, self.time] = action
         self.envs.send("step", self.spec.to_env(action))
+        self.waiting = True
 
     def receive(self):
         """End the step. -> [(environment, Trajectory)] of the rollouts that just ended"""
@@ -1080,15 +1113,22 @@ class Collector:
             self.tokens["reward"][i, t] = reward
             self.tokens["done"][i, t] = terminated or (truncated and not self.bootstrap_truncated)
             self.tokens["reset"][i, t] = info.get("reset", False)
+            if "achieved" in self.tokens:
+                achieved = info["achieved"]
+                self.tokens["achieved"][i, t, :len(achieved)] = achieved
+                self.tokens["achieved"][i, t, len(achieved):] = 0
             if terminated or truncated:
-                finished.append((i, self._trajectory(i, info)))
+                rollout = each(lambda x: x[i, :t + 1].copy(), self.tokens)
+                finished.append((i, Trajectory.of_tokens(
+                    rollout, success=float(info.get("success", math.nan)),
+                    episode=self.episode[i])))
                 ended[i] = True
                 self._begin(i, *first)
         self.env_steps += len(self.rows) * world_size()
         self.cache.end_step(ended)
         if self.exploration:
             self.exploration.reset(ended)
-        self.acting = False
+        self.waiting = False
         return finished
 
     def step(self):
@@ -1107,49 +1147,36 @@ class Collector:
         for name, first in (("action", 0), ("reward", 0), ("done", False), ("reset", True)):
             self.tokens[name][i, 0] = first
 
-    def _trajectory(self, i, info):
-        """Copy environment i's finished rollout out of the arrays."""
-        rollout = each(lambda x: x[i, :self.time[i] + 1].copy(), self.tokens)
-        transitions = {name: rollout[name][1:] for name in ("action", "reward", "done")}
-        return Trajectory(rollout["obs"], **transitions, reset=rollout["reset"],
-                          success=float(info.get("success", math.nan)), episode=self.episode[i])
-
     def state(self):
-        """For a checkpoint. An environment is kept as its episode and the actions since; if one
-        broke in the middle of a step, a resumed run begins new rollouts in all of them."""
-        if self.acting:
+        """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
+        if self.waiting:
             return dict(env_steps=self.env_steps)
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
                     env_steps=self.env_steps, multiplier=self.exploration.multiplier,
                     keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
-                    envs=json.dumps(self.envs.call("state")))
+                    envs=json.dumps(self.envs.call("state")), episode=json.dumps(self.episode))
 
     def restore(self, state):
         self.env_steps = state["env_steps"]
-        if "time" not in state:
-            return
-        each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
-             state["tokens"])
-        self.time = state["time"].numpy().copy()
-        self.exploration.multiplier = state["multiplier"].numpy().copy()
-        self.cache.keys.copy_(state["keys"])
-        self.cache.values.copy_(state["values"])
-        self.cache.length = state["length"].numpy().copy()
-        self.cache.begin_step()
-        saved = json.loads(state["envs"])
-        self.episode = [episode for episode, _ in saved]
-        actions = (self.spec.to_env(self.tokens["action"][i, 1:t + 1])
-                   for i, t in enumerate(self.time))
-        self.envs.call("restore", [(*env, list(a)) for env, a in zip(saved, actions)])
+        if "envs" in state:
+            each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
+                 state["tokens"])
+            self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
+            self.exploration.multiplier = state["multiplier"].numpy()
+            self.cache.keys.copy_(state["keys"])
+            self.cache.values.copy_(state["values"])
+            self.cache.length = state["length"].numpy()
+            self.cache.begin_step()
+            self.envs.call("restore", json.loads(state["envs"]))
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
 
-    -> dict(return_mean, return_std, success, episodes, inner_returns: mean return of the first,
-    second, ... inner episode); success is NaN where the environment does not report it. Every
-    environment plays the same number of episodes, rounded up: counting those that end first would
-    favour short ones. Same seed, same result; training's randomness is kept.
+    -> dict(return_mean, return_std, success (NaN where it is not reported), episodes,
+            inner_returns: the mean return of the first, second, ... inner episode)
+    Every environment plays as many episodes, rounded up: counting those that end first would favour
+    short ones. Same seed, same result; training's randomness is kept.
     """
     n_envs = min(episodes, max_envs)
     was_training, played = agent.training, []
@@ -1164,24 +1191,18 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
                     played.append(trajectory)
                 left[i] -= 1
     agent.train(was_training)
-    returns = [float(trajectory.reward.sum()) for trajectory in played]
-    inner = itertools.zip_longest(*(trajectory.inner_returns() for trajectory in played),
-                                  fillvalue=math.nan)
-    return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
-                success=float(np.mean([trajectory.success for trajectory in played])),
-                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+    return environments.summary(played)
 
 
 # ==================================================================================================
-# 9. Training
+# 10. Training
 #    Act once in every environment; learn until every step has been replayed `replay_ratio` times on
 #    average; from time to time evaluate. What a run writes goes through Log and save_checkpoint.
 class Learner:
     """The one optimiser, AdamW over everything that learns, with warm-up and clipping.
 
     `agent` learns; `average`, a running average of its weights, acts, is evaluated and is saved.
-    The policy that is best for one noisy update is not for the next: on PositionOnlyCartPoleEasy
-    the agent's return swings between .5 and 1 while its average's rises steadily (README).
+    The learning policy swings from update to update, its average rises steadily (README).
 
         average <- (1 - r) average + r agent,    r = max(.01, 30 / (updates + 30))
     """
@@ -1194,6 +1215,11 @@ class Learner:
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
                                            weight_decay=config.weight_decay, fused=True)
+        # bfloat16 where it is faster: on a GPU, and on a CPU with such instructions, unless tiny.
+        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        faster = self.device.type == "cuda" or capable and agent.transformer.width >= 128
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
+            config.amp == "on" or config.amp == "auto" and faster))
         self.forward = torch.compile(agent) if config.compile else agent
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
@@ -1205,12 +1231,12 @@ class Learner:
         Raises NonFiniteLoss, with the agent as it was before.
         """
         before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
-        # A pair of critics that depends on nothing but the number of the update, so that all
-        # processes of a run, and a resumed one, draw the same.
+        # A function of the update's number, so that all processes draw the same pair of critics.
         rng = np.random.default_rng((self.config.seed, self.updates))
         pair = rng.permutation(self.config.critics)[:2]
         self.agent.train()
-        loss, info = self.forward(batch, torch.from_numpy(pair).to(batch["mask"].device))
+        with self.autocast:
+            loss, info = self.forward(batch, torch.from_numpy(pair).to(self.device))
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1218,7 +1244,7 @@ class Learner:
         if not torch.isfinite(loss + norm):
             for x, old in zip(self.agent.buffers(), before):
                 x.copy_(old)
-            raise NonFiniteLoss(describe_batch(batch, loss, norm, self.updates))
+            raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
         self.optimizer.step()
@@ -1235,6 +1261,7 @@ class Learner:
         torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
         for x, y in zip(average.buffers(), agent.buffers()):
             x.copy_(y)
+        average.keep()
 
     def state(self):
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
@@ -1244,6 +1271,7 @@ class Learner:
     def restore(self, state):
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
+        self.average.keep()
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.started = state["updates"], state["started"]
 
@@ -1275,28 +1303,17 @@ def sum_over_ranks(x):
 
 def gather_on_rank_0(x):
     """A list of every process's x in rank 0, None in the others."""
-    if world_size() == 1:
-        return [x]
-    gathered = [None] * world_size() if process_rank() == 0 else None
-    dist.gather_object(x, gathered)
+    gathered = [x] * world_size()
+    if world_size() > 1:
+        dist.gather_object(x, gathered if process_rank() == 0 else None)
     return gathered
 
 
-def describe_batch(batch, loss, norm, updates):
-    """One line on the batch that broke the loss: the ranges of its arrays."""
-    arrays = dict(batch["tokens"], **batch["tokens"]["obs"], mask=batch["mask"])
-    ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
-              for name, x in arrays.items() if name != "obs")
-    return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
-            " batch: " + ", ".join(ranges))
-
-
 def train(config, saved=None):
-    """The main job -> the folder that holds everything it wrote.
+    """The main job -> the folder that holds everything it wrote. saved: a checkpoint to go on from.
 
-    saved: what load_checkpoint gave, to go on exactly from there. Raises UsageError before anything
-    is written, KeyboardInterrupt after Ctrl-C, NonFiniteLoss and BrokenEnvironment; in each of the
-    last three cases the checkpoint has been saved.
+    Raises UsageError before anything is written; KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
+    BrokenEnvironment after the checkpoint has been saved.
     """
     join_processes()
     device, rank = config.torch_device(), process_rank()
@@ -1305,12 +1322,12 @@ def train(config, saved=None):
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)                            # every process begins with one agent
     env = environments.make_env(config.env)
-    spec, goal = Spec.of(env), stopping_return(config, env)
+    spec = Spec.of(env)
     agent = Agent(spec, config).to(device).eval()
     torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
     rng = np.random.default_rng((config.seed, rank))
     learner = Learner(agent, config)
-    buffer = ReplayBuffer(spec, config.buffer_steps, rng)
+    buffer = ReplayBuffer(spec, config.buffer_steps, rng, *hindsight(config, env, rng))
     exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
     # Training and evaluation draw their environments' seeds from ranges that never meet.
     train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
@@ -1318,21 +1335,20 @@ def train(config, saved=None):
                           train_seed + 10_000 * rank, exploration, config.bootstrap_truncated,
                           config.workers)
     parameters = sum(p.numel() for p in learner.trainable)
-    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", goal,
-              writes=rank == 0)                               # from here on things are written
+    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", rank == 0)
     run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
     if saved:
         restore_run(run, saved)
     with catch_signals() as caught, log.files(lambda end: save_run(log.folder, run, True, end)):
         while not sum_over_ranks(caught.is_set()):
             # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
-            steps, done = collector.env_steps, [row["return_mean"] for row in log.rows[-1:]]
-            over = steps >= config.env_steps or max(done, default=-math.inf) >= goal
+            steps = collector.env_steps
+            over = steps >= config.env_steps or log.reached_goal()
             if over or steps >= log.next_eval:
                 score = evaluate(learner.average, config.env, config.episodes, config.context,
                                  eval_seed)                   # the same in every process
                 log.row(score, steps, learner.updates)
-                if sum_over_ranks(over or score["return_mean"] >= goal):
+                if sum_over_ranks(over or log.reached_goal()):
                     return log.folder
             if sum_over_ranks(log.checkpoint_due()):
                 save_run(log.folder, run)
@@ -1356,29 +1372,31 @@ def train(config, saved=None):
     raise KeyboardInterrupt("everything is saved; --resume continues")
 
 
-def stopping_return(config, env):
-    """The mean return at which training stops; inf if it goes on until --env-steps."""
-    if config.target_return == "auto" and env.max_return is not None:
-        return env.max_return - 0.01 * abs(env.max_return)
-    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
+def hindsight(config, env, rng):
+    """-> what ReplayBuffer takes to relabel what it draws. UsageError if --relabel asks for what
+    the environment cannot give."""
+    if not hasattr(env, "max_achieved"):
+        if config.relabel in ("some", "all"):
+            raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions")
+        return None, None
+    rarity = GoalRarity() if config.importance else None
+    scheme = "some" if config.relabel == "auto" else config.relabel
+    return (lambda x: relabel(x, env.reward, env.show, rng, scheme, rarity)), rarity
 
 
 # ==================================================================================================
-# 10. Checkpoint
+# 11. Checkpoint
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
 def save_run(folder, run, final=False, end=None):
-    """Write everything that it takes to continue `run` exactly: a dict of its parts, see `train`.
-
-    Every process hands its own part to the first, which writes. A full disk is reported, and costs
-    no more than this checkpoint; at the end of a run it is an OSError. end: the exception that
-    ended the run. Nothing is saved if it came in the middle of something or in one process only.
-    """
-    alone = world_size() > 1 and not isinstance(end, NonFiniteLoss)
-    if isinstance(end, KeyboardInterrupt) or end and alone:
-        return
-    learner, generator = run["learner"], json.dumps(run["rng"].bit_generator.state)
+    """Write all it takes to continue `run`, the dict of `train`'s parts, exactly. Every process
+    hands its own to the first, which writes. A full disk is reported; at the end, an OSError.
+    end: the exception that ended the run, if any."""
+    together = world_size() == 1 or isinstance(end, NonFiniteLoss)
+    if end and not together or isinstance(end, KeyboardInterrupt):
+        return               # in the middle of something, or alone: the previous checkpoint stays
+    learner = run["learner"]
     own = dict(buffer=run["buffer"].state(), collector=run["collector"].state(),
-               rng=generator, torch_rng=torch.get_rng_state())
+               rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
     if torch.cuda.is_available():
         own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
     processes = gather_on_rank_0(own)
@@ -1406,12 +1424,15 @@ def restore_run(run, state):
 
 
 def save_checkpoint(path, state):
-    """Write nested dicts and lists of tensors, arrays, numbers and strings, atomically: whatever
-    happens meanwhile, `path` holds either the previous state or this one. OSError if it cannot."""
+    """Write nested dicts of tensors, arrays, numbers and strings, atomically: whatever happens
+    meanwhile, `path` holds either the previous state or this one. OSError if it cannot."""
     temporary = Path(f"{path}.tmp")
+    # As tensors, because loading refuses everything that could run code, numpy's arrays too.
+    state = each(lambda x: torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray)
+                 else x, state)
     try:
         with open(temporary, "wb") as file:
-            torch.save(plain(state), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1420,21 +1441,9 @@ def save_checkpoint(path, state):
         raise OSError(f"{path}: {problem}") from problem
 
 
-def plain(x):
-    """numpy arrays as tensors, at any depth: torch.load refuses everything that could run code."""
-    if isinstance(x, dict):
-        return {name: plain(part) for name, part in x.items()}
-    if isinstance(x, list):
-        return [plain(part) for part in x]
-    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
-
-
 def load_checkpoint(folder, device="cpu"):
     """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
-
-    Raises UsageError for a folder without a checkpoint, and for a file that is damaged, foreign or
-    of another version or for other spaces.
-    """
+    UsageError if there is none, or one that is damaged, foreign, of another version or env."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
@@ -1451,24 +1460,17 @@ def load_checkpoint(folder, device="cpu"):
     config, spec = Config(**state["config"]), Spec(**state["spec"])
     if Spec.of(environments.make_env(config.env)) != spec:
         raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
-    agent = Agent(spec, dataclasses.replace(config, device=str(device))).to(device).eval()
+    agent = Agent(spec, config).to(device).eval()
     agent.load_state_dict(state["learner"]["average"])
+    agent.keep()
     return config, agent, state
 
 
 def resumed_config(given, folder):
     """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
-
-    Raises UsageError for an option that may not change.
-    """
+    UsageError for an option that may not change."""
     config, _, state = load_checkpoint(folder)
-    free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
-    for name, value in given.items():
-        if name not in (*free, "resume") and value != getattr(config, name):
-            flags = ", ".join("--" + x.replace("_", "-") for x in free)
-            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
-                             f" {getattr(config, name)!r}); these may: {flags}")
-    config = dataclasses.replace(config, **given)
+    config = environments.changed_options(config, given)
     if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
         raise UsageError(f"{folder} was trained by {len(state['processes'])} processes; resume it"
                          " with as many")
@@ -1476,48 +1478,18 @@ def resumed_config(given, folder):
 
 
 # ==================================================================================================
-# 11. Command line
-class Parser(argparse.ArgumentParser):
-    """argparse that complains in one line, with the nearest valid flag."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        if unknown:
-            flags = self._option_string_actions
-            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
-        raise UsageError(message)
-
-
+# 12. Command line
 def parse_command_line(argv=None):
-    """Config from the command line, one flag per field, and the checkpoint that it resumes or None.
-    Raises UsageError."""
-    parser = Parser(prog="amago_min.py", allow_abbrev=False,
-                    description="AMAGO: in-context reinforcement learning in one file.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(Config):
-        value, rule = field.default, field.metadata
-        kind = type(value[0] if isinstance(value, tuple) else value)
-        how = dict(type=kind, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(kind))
-        if isinstance(value, tuple):
-            how.update(nargs="+")
-        elif kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif rule["choices"]:
-            how.update(metavar="|".join(rule["choices"]))
-        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
-                            **how)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    values = vars(parser.parse_args(argv))
-    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
-    given = {name: value for name, value in values.items() if name in words}
+    """-> Config, and the checkpoint that it resumes or None. Raises UsageError."""
+    values, given = read_command_line(Config, "amago_min.py", argv)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    if values["eval"]:
-        unused = given.keys() - {"eval", "episodes", "render", "seed", "device", "threads"}
-        if unused:
-            raise UsageError(f"--eval takes no --{unused.pop().replace('_', '-')}")
-    elif values["render"]:
-        raise UsageError("--render draws a trained agent: it needs --eval FOLDER")
+    with_eval = {"eval", "episodes", "render", "instruction", "seed", "device", "threads"}
+    wrong = sorted(given.keys() - with_eval if values["eval"] else
+                   given.keys() & {"render", "instruction"})
+    if wrong:
+        how = "does not go with" if values["eval"] else "goes with"
+        raise UsageError(f"--{wrong[0].replace('_', '-')} {how} --eval FOLDER")
     return Config(**values), None
 
 
@@ -1549,13 +1521,12 @@ def main(argv=None):
     except (UsageError, ModuleNotFoundError) as problem:
         print(f"amago_min.py: {problem}", file=sys.stderr)
         return 2
-    except (NonFiniteLoss, BrokenEnvironment, OSError) as problem:
-        print(f"amago_min.py stopped: {problem}", file=sys.stderr)
-        return 1
-    except RuntimeError as problem:                           # how torch says that one is gone
-        if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
+    except (RuntimeError, OSError) as problem:
+        if isinstance(problem, dist.DistError) or "gloo" in str(problem):    # torch's own words
+            problem = "another process of this job ended"
+        elif not isinstance(problem, (NonFiniteLoss, BrokenEnvironment, OSError)):
             raise
-        print("amago_min.py stopped: another process of this job ended", file=sys.stderr)
+        print(f"amago_min.py stopped: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as saved:
         print("amago_min.py: interrupted", *saved.args, sep="; ", file=sys.stderr)

@@ -5,7 +5,8 @@ files that a run leaves.
     env = make_env("popgym:RepeatPrevious", seed=0)      # or "gym:CartPole-v1?horizon=200"
     observation, info = env.reset()                      # or "meta:gym:CartPole-v1?episodes=2"
 
-`python envs.py` prints the table of all names, `python envs.py NAME` the card of one.
+`python envs.py` prints the table of all names, `python envs.py NAME` the card of one, and
+`python envs.py "maze:15x15" --play` lets you play it.
 
 What an agent may rely on, whatever the name:
 
@@ -20,13 +21,20 @@ What an agent may rely on, whatever the name:
     env.max_return  the return that a trained agent can reach (almost) surely, or None
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
-Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 many side by
-side; 8 what an agent must know; 9 what a run leaves behind; 10 the list.
+With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 + W)}: Instructed.
+Crafter has "texture": uint8 (63,) too, tiles by number, up to the space's high.
+
+Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
+and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures; 11 crafter;
+12 many side by side; 13 what an agent must know; 14 what a run leaves behind; 15 a command line;
+16 the list.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -39,13 +47,16 @@ import json
 import math
 import multiprocessing
 import operator
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -257,13 +268,31 @@ def decode_box(low, high, dtype, action):
 # ---- 3. The adapter -------------------------------------------------------------------------
 
 
-class Adapter(gymnasium.Env):
+class Seeded(gymnasium.Env):
+    """Every episode has a seed of its own, so that any one of them can be played again.
+
+    np_random draws these seeds and nothing else. A subclass has begin(seed, options).
+    """
+
+    first_seed = None  # set by make_env, used up by the first reset
+
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            seed = self.first_seed
+        self.first_seed = None
+        super().reset(seed=seed)
+        options = dict(options or {})
+        self.episode = options.pop("episode", seed)
+        if self.episode is None:
+            self.episode = int(self.np_random.integers(2**31))
+        return self.begin(self.episode, options)
+
+
+class Adapter(Seeded):
     """One thin layer around a raw environment: uniform spaces, clean info, optional time limit.
 
     `limit`: truncate after so many steps; None leaves the end of a rollout to the raw env.
     """
-
-    first_seed = None  # set by make_env, used up by the first reset
 
     def __init__(self, inner, name, horizon, limit=None, references=None, max_return=None):
         self.inner, self.name, self.horizon = inner, name, horizon
@@ -274,18 +303,9 @@ class Adapter(gymnasium.Env):
         self._limit = float("inf") if limit is None else limit
         self._steps_left = self._limit
 
-    def reset(self, *, seed=None, options=None):
-        if seed is None:
-            seed = self.first_seed
-        self.first_seed = None
-        super().reset(seed=seed)
+    def begin(self, seed, options):
         self._steps_left = self._limit
-        options = dict(options or {})
-        # Every episode has a seed of its own, so that any one of them can be played again.
-        self.episode = options.pop("episode", seed)
-        if self.episode is None:
-            self.episode = int(self.np_random.integers(2**31))
-        observation, info = self.reset_inner(self.episode, options or None)
+        observation, info = self.reset_inner(seed, options or None)
         return self._encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
@@ -486,7 +506,10 @@ def meta_env(name, **options):
     inner_name = name if ":" in name else "gym:" + name
     if inner_name.startswith("meta:"):
         raise ValueError(f"'meta:{name}' puts meta inside meta; nearest: {name}")
-    return Meta(make_env(inner_name, **options), episodes)
+    inner = make_env(inner_name, **options)
+    name, _, query = inner.name.partition("?")
+    query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
+    return Meta(inner, episodes, f"meta:{name}?{query}")
 
 
 class Meta(gymnasium.Env):
@@ -501,11 +524,8 @@ class Meta(gymnasium.Env):
         ends           no                           as the inner env says
     """
 
-    def __init__(self, inner, episodes):
-        self.inner, self.episodes = inner, episodes
-        name, _, query = inner.name.partition("?")
-        query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
-        self.name = f"meta:{name}?{query}"
+    def __init__(self, inner, episodes, name):
+        self.inner, self.episodes, self.name = inner, episodes, name
         self.horizon = episodes * inner.horizon
         self.observation_space, self.action_space = inner.observation_space, inner.action_space
         self.metadata, self.render_mode = inner.metadata, inner.render_mode
@@ -544,11 +564,1496 @@ class Meta(gymnasium.Env):
         self.inner.close()
 
 
-# ---- 7. Many environments side by side ------------------------------------------------------
+# ---- 7. Own worlds and instructions ---------------------------------------------------------
+# The environments below are written here, so they share their bookkeeping.
+
+
+class World(Seeded):
+    """What the environments written in this file share: seeds, clock, refusal of wrong actions.
+
+    A subclass sets name, horizon, observation_space and action_space, and has
+
+        draw(rng)      set up a new episode; everything random comes from rng
+        act(action)    step number self.time, from 1 -> (reward, terminated, info)
+        observe()      the observation, in arrays that nobody else holds
+
+    and, if a person can play it, render() -> uint8 (H, W, 3) and keys = {key: action}.
+    """
+
+    references, max_return, keys = {}, None, {}
+    time, over = 0, True
+
+    def begin(self, seed, options):
+        """`options` go to draw as keyword arguments."""
+        if options:
+            known = [*inspect.signature(self.draw).parameters][1:]
+            check_options(f"reset of {self.name}", options, known)
+        self.draw(np.random.default_rng(seed), **options)
+        self.time, self.over = 0, False
+        return self.observe(), {}
+
+    def step(self, action):
+        if self.over:
+            raise gymnasium.error.ResetNeeded(f"{self.name}: the episode is over, call reset()")
+        if not self.action_space.contains(action):
+            raise ValueError(f"{self.name}: action {action!r} is not in {self.action_space}")
+        self.time += 1
+        reward, terminated, info = self.act(action)
+        truncated = self.time == self.horizon and not terminated
+        self.over = terminated or truncated
+        if self.over:
+            self.end(info)
+        return self.observe(), reward, terminated, truncated, info
+
+    def end(self, info):
+        """Add to the last step's info."""
+
+
+# An instruction is a list of goals that have to be reached in order: int32 (K, W), a row of W
+# words per goal, all zeros after the last; a goal's first word is never 0. The agent sees it as
+# (K, 1 + W), each goal's status in front:
+NO_GOAL, WAITING, ACTIVE, DONE = range(4)
+
+
+def instruction_reward(instruction, progress, achieved):
+    """The one rule of all instructions, for acting and for relabeling. -> (reward, progress)
+
+    progress: number of goals done. achieved: (n, W), the goals that one step reached; it earns 1.0
+    if the next one is among them. At most one goal per step, so "place plant x2" takes two.
+    """
+    if progress < len(instruction):
+        goal = instruction[progress].tolist()
+        if goal[0] and goal in achieved.tolist():
+            return 1.0, progress + 1
+    return 0.0, progress
+
+
+def show_instruction(instruction, progress):
+    """(K, W) -> what the agent sees, (K, 1 + W)."""
+    shown = np.zeros((len(instruction), 1 + instruction.shape[1]), np.int32)
+    shown[:, 1:] = instruction
+    status = shown[:, 0]  # a view
+    status[instruction[:, 0] != 0] = WAITING
+    status[:progress] = DONE
+    if progress < len(status) and status[progress] == WAITING:
+        status[progress] = ACTIVE
+    return shown
+
+
+class Instructed(World):
+    """A world with an instruction, and what relabeling has to know of it:
+
+        env.instruction    int32 (K, W); env.progress: goals done so far
+        info["achieved"]   int32 (n, W), in every step: the goals that it reached, n may be 0;
+                           nothing is reached before the first step; n <= env.max_achieved
+        info["success"]    1.0 or 0.0: all goals done, info["goals_done"]; in the last step alone
+        env.reward, .show  instruction_reward and show_instruction
+        env.parse_instruction, .format_instruction: text <-> (K, W)
+
+    An instruction given to make_env stands for all episodes, one given to reset(options=
+    {"instruction": text or array}) for that one; it is no part of env.episode.
+
+    A subclass calls set_up in its constructor, and has instead of draw and act
+
+        begin_world(rng, goals)   set up a new episode for this list of goals; draw the goals
+                                  if it is None; -> the goals
+        move(action)              one step -> (goals reached by it (n, W), died)
+        look()                    observation without the instruction, {"vector": ...}
+        parse_goal(text)          W numbers, ValueError with the nearest right words
+        format_goal(numbers)      text; the inverse
+    """
+
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    reward, show = staticmethod(instruction_reward), staticmethod(show_instruction)
+    max_achieved = 1  # largest number of goals that one step can reach
+
+    def set_up(self, name, options, goals, words, vocabulary, **parts):
+        """Name and observation space. `options` are those of the name, maybe "instruction" too.
+
+        goals: K, the largest number. vocabulary: words are below it. parts: of the observation.
+        """
+        self.name, self.max_goals, self.words = name, goals, words
+        self.observation_space = spaces.Dict(**parts, instruction=spaces.Box(
+            0, max(DONE, vocabulary - 1), (goals, 1 + words), np.int32))
+        self.fixed = None
+        if "instruction" in options:
+            self.fixed = self.read_instruction(options["instruction"])
+            options = {**options, "instruction": self.format_instruction(self.fixed)}
+        self.name = full_name(name, options)
+
+    def draw(self, rng, instruction=None):
+        given = self.fixed if instruction is None else self.read_instruction(instruction)
+        goals = self.begin_world(rng, None if given is None else goal_list(given))
+        self.instruction = np.zeros((self.max_goals, self.words), np.int32)
+        self.instruction[:len(goals)] = goals
+        self.progress, self.goals = 0, len(goals)
+        self._shown = show_instruction(self.instruction, 0)
+
+    def act(self, action):
+        achieved, died = self.move(action)
+        achieved = np.array(achieved, np.int32).reshape(-1, self.words)
+        reward, progress = instruction_reward(self.instruction, self.progress, achieved)
+        if progress != self.progress:
+            self.progress = progress
+            self._shown = show_instruction(self.instruction, progress)
+        return reward, died or progress == self.goals, {"achieved": achieved}
+
+    def observe(self):
+        return {**self.look(), "instruction": self._shown.copy()}
+
+    def end(self, info):
+        info["success"], info["goals_done"] = float(self.progress == self.goals), self.progress
+
+    def checklist(self):
+        """For people: '[x] eat cow  [ ] place plant'"""
+        goals = map(self.format_goal, goal_list(self.instruction))
+        return "  ".join(f"[{'x' if i < self.progress else ' '}] {goal}"
+                         for i, goal in enumerate(goals))
+
+    def read_instruction(self, given):
+        """Text or array -> (K, W), checked."""
+        if not isinstance(given, str):
+            array = np.asarray(given)
+            if array.ndim != 2 or array.shape[1] != self.words or array.dtype.kind not in "iu":
+                raise ValueError(f"an instruction of {self.name} is text or whole numbers of shape "
+                                 f"(goals, {self.words}), not {shorten(str(given))}")
+            if array[len(goal_list(array)):].any():
+                raise ValueError(f"an instruction of {self.name} has a goal after an empty row")
+            given = self.format_instruction(array)
+        return self.parse_instruction(given)
+
+    def parse_instruction(self, text):
+        """'place plant x2, travel to (10, 10)' -> (K, W)"""
+        goals = []
+        for part in re.split(r",(?![^(]*\))", text):  # commas outside of brackets
+            part = " ".join(part.split())
+            one, times, number = re.fullmatch(r"(.*?)( x([1-9][0-9]{0,2}))?", part).groups()
+            goals += [self.parse_goal(one)] * (int(number) if times else 1)
+        if not 1 <= len(goals) <= self.max_goals:
+            raise ValueError(f"{self.name} takes 1 to {self.max_goals} goals, not {len(goals)}: "
+                             f"{shorten(text)}")
+        instruction = np.zeros((self.max_goals, self.words), np.int32)
+        instruction[:len(goals)] = goals
+        return instruction
+
+    def format_instruction(self, instruction):
+        """(K, W) -> 'place plant x2, travel to (10, 10)'"""
+        parts = []
+        for goal, same in itertools.groupby(goal_list(instruction)):
+            times = len(list(same))
+            parts.append(self.format_goal(goal) + (f" x{times}" if times > 1 else ""))
+        return ", ".join(parts)
+
+
+def goal_list(instruction):
+    """The rows up to the first that holds no goal."""
+    return list(itertools.takewhile(lambda goal: goal[0] != 0, np.asarray(instruction).tolist()))
+
+
+def shorten(text):
+    """For error messages: on one line, not endless."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+class GoalRarity:
+    """Importance sampling of hindsight goals ([1] App. B): what is rarely met teaches most.
+
+        weight(goal) = (-log10 f)^4 in [1e-3, 1e5],    a step weighs the sum of its goals
+
+    f: the share of steps that reached the goal, or that of rollouts, one or the other for a whole
+    relabeling. For each draw the weights are shaped in one of four ways: left out (p = .2), minus
+    their minimum (.1), minus their median (.1), the five largest alone (.6).
+    """
+
+    def __init__(self):
+        self.steps, self.rollouts, self.total = {}, {}, [0, 0]   # goal -> count; of all
+
+    def update(self, achieved):
+        """achieved (T, M, W) of a new rollout."""
+        goals = [tuple(goal) for goal in achieved[achieved[..., 0] != 0].tolist()]
+        for table, found in ((self.steps, goals), (self.rollouts, set(goals))):
+            for goal in found:
+                table[goal] = table.get(goal, 0) + 1
+        self.total = [self.total[0] + len(achieved), self.total[1] + 1]
+
+    def state(self):
+        """As plain data, for a checkpoint."""
+        return [*(list(table.items()) for table in (self.steps, self.rollouts)), self.total]
+
+    def restore(self, state):
+        self.steps, self.rollouts = ({tuple(goal): n for goal, n in table} for table in state[:2])
+        self.total = state[2]
+
+    def choose(self, reached, steps, h, rng):
+        """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
+        which = int(rng.integers(2))
+        table, total = (self.steps, self.rollouts)[which], max(1, self.total[which])
+        goals = [reached[t][reached[t][:, 0] != 0] for t in steps]
+        share = [np.array([table.get(tuple(goal), 1e-3) for goal in g.tolist()]) / total
+                 for g in goals]
+        weight = [np.clip(np.log10(np.minimum(f, 1)) ** 4, 1e-3, 1e5) for f in share]
+        left, chosen = list(range(len(steps))), []
+        for _ in range(h):
+            p = self.shaped(np.array([weight[i].sum() for i in left]), rng)
+            i = left.pop(rng.choice(len(left), p=p))
+            chosen.append((steps[i], goals[i][rng.choice(len(goals[i]),
+                                                         p=self.shaped(weight[i], rng))]))
+        return [t for t, _ in chosen], [goal for _, goal in chosen]
+
+    @staticmethod
+    def shaped(weight, rng):
+        """Probabilities (n,) from weights (n,)"""
+        kind = rng.choice(4, p=(0.2, 0.1, 0.1, 0.6))
+        shaped = (np.ones_like(weight), weight - weight.min(),
+                  np.maximum(weight - np.median(weight), 1e-5),
+                  np.where(weight >= np.sort(weight)[-5:][0], weight, 0.0))[kind]
+        return shaped / shaped.sum() if shaped.sum() > 0 else np.full(len(weight), 1 / len(weight))
+
+
+# ---- 8. Memory and meta-RL worlds -----------------------------------------------------------
+# Sources are sections and appendices of the AMAGO paper [1].
+
+WEST, NORTH, EAST, SOUTH, STAY = range(5)  # the actions in a grid; row 0 is north, column 0 west
+STEPS = ((0, -1), (-1, 0), (0, 1), (1, 0), (0, 0))
+GRID_KEYS = {"a": WEST, "w": NORTH, "d": EAST, "s": SOUTH, " ": STAY}
+
+
+def grid_size(suite, text, smallest):
+    """'9x9' -> (9, 9)"""
+    match = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", text)
+    rows, columns = map(int, match.groups()) if match else (9, 9)
+    if not match or min(rows, columns) < smallest:
+        raise ValueError(f"unknown environment {suite + ':' + text!r}; sizes are rows x columns, "
+                         f"{smallest} to 999 each; nearest: "
+                         f"{suite}:{max(rows, smallest)}x{max(columns, smallest)}")
+    return rows, columns
+
+
+def flag(name, key, value):
+    if value not in (0, 1):
+        raise ValueError(f"option {key!r} of {name!r} must be true or false, not {value!r}")
+    return bool(value)
+
+
+class DarkKey(World):
+    """`darkkey:9x9`: find a key, then a door, without seeing either ([1] 5.1, App. C.2).
+
+    Rules        Start, key and door are independent uniform cells, the same during the whole
+                 rollout. +1 for the first visit to the key, +1 for a visit to the door with the
+                 key, at most one of the two per step. After the door or 50 steps a new inner
+                 episode begins: back to the start, without the key, info["reset"] is True, and
+                 its first observation takes the place of the last one.
+    Observation  row / rows, column / columns, has the key, step of the inner episode / 50
+    Actions      west, north, east, south, stay; a step against a wall stays
+    Ends         after 500 steps, truncated
+    Options      fixed_start=true: always from cell (0, 0), as in the 8x8 comparison with
+                 Algorithm Distillation
+    Returns      9x9: random 2.7, best known 86 (search cell by cell, the nearest first, then
+                 the shortest way; it would be 101 with eyes open), paper 38 and rising
+    """
+
+    LIMIT = 50
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    # (rows, columns, fixed start): random, best known, paper (its highest, read off the figures)
+    RETURNS = {(9, 9, False): (2.67, 86.3, 38.0), (8, 8, True): (3.24, 83.2, 50.2)}
+    keys = GRID_KEYS
+
+    def __init__(self, size, **options):
+        self.rows, self.columns = grid_size("darkkey", size, 2)
+        name = f"darkkey:{self.rows}x{self.columns}"
+        check_options(name, options, ["fixed_start"])
+        self.fixed_start = flag(name, "fixed_start", options.get("fixed_start", False))
+        self.name = full_name(name, {"fixed_start": True} if self.fixed_start else {})
+        self.horizon = 500
+        known = self.RETURNS.get((self.rows, self.columns, self.fixed_start), ())
+        self.references = dict(zip(("random", "best", "paper"), known))
+        self.observation_space = spaces.Box(0, 1, (4,), np.float32)
+        self.action_space = spaces.Discrete(5)
+
+    def draw(self, rng):
+        cells = rng.integers((self.rows, self.columns), size=(3, 2))
+        self.start, self.key, self.door = map(tuple, cells.tolist())
+        if self.fixed_start:
+            self.start = (0, 0)
+        self.begin_episode()
+
+    def begin_episode(self):
+        self.position, self.has_key, self.inner_time, self.inner_return = self.start, False, 0, 0.0
+
+    def act(self, action):
+        self.position = self.neighbour(action)
+        reward, opened = 0.0, False
+        if not self.has_key and self.position == self.key:
+            self.has_key, reward = True, 1.0
+        elif self.has_key and self.position == self.door:
+            opened, reward = True, 1.0
+        self.inner_time += 1
+        self.inner_return += reward
+        info = {}
+        if opened or self.inner_time == self.LIMIT:
+            info["episode_return"] = self.inner_return
+            if self.time < self.horizon:
+                info["reset"] = True
+                self.begin_episode()
+        return reward, False, info
+
+    def neighbour(self, action):
+        (row, column), (down, right) = self.position, STEPS[action]
+        return (min(max(row + down, 0), self.rows - 1),
+                min(max(column + right, 0), self.columns - 1))
+
+    def observe(self):
+        row, column = self.position
+        return np.array((row / self.rows, column / self.columns, self.has_key,
+                         self.inner_time / self.LIMIT), np.float32)
+
+    def render(self):
+        """Key and door are drawn, though the agent does not see them."""
+        picture, size = draw_cells(np.zeros((self.rows, self.columns), bool))
+        picture[::size] = picture[:, ::size] = PATH  # lines between the cells
+        fill_square(picture, *centre(self.door, size), 0.4 * size, DOOR)
+        if not self.has_key:
+            fill_disc(picture, *centre(self.key, size), 0.4 * size, KEY)
+        fill_disc(picture, *centre(self.position, size), 0.25 * size, AGENT)
+        return picture
+
+
+class TMaze(World):
+    """`tmaze:100`: remember the very first observation until the end ([1] 5.1; Ni et al. 2023).
+
+    Rules        A corridor of H cells to the east ends in a junction, with one cell to its north
+                 and one to its south; one of the two is the goal. The first observation tells
+                 which. 1 if the agent is there after H + 1 steps, which is the earliest possible;
+                 -1/H for each of the first H actions that is not "east".
+    Observation  is at the end (junction or beyond); +1 north, -1 south: where the agent is at the
+                 end, or, in the very first observation alone, the goal
+    Actions      east, north, west, south; a step against a wall stays
+    Ends         after H + 1 steps, terminated: the last one decides
+    Returns      random -.75, best 1 (without memory .5); the paper solves H = 10 000
+    """
+
+    keys = {"d": 0, "w": 1, "a": 2, "s": 3}
+
+    def __init__(self, length, **options):
+        if not re.fullmatch("[0-9]{1,6}", length) or not 1 <= int(length) <= 100_000:
+            raise ValueError(f"unknown environment {'tmaze:' + length!r}; the length of the "
+                             "corridor is a whole number from 1 to 100000; nearest: tmaze:100")
+        self.length = int(length)
+        self.name, self.horizon = f"tmaze:{self.length}", self.length + 1
+        check_options(self.name, options, ())
+        self.observation_space = spaces.Box(np.float32([0, -1]), np.float32([1, 1]))
+        self.action_space = spaces.Discrete(4)
+        self.references = {"random": -0.75 + 0.25 ** (self.length + 1), "best": 1.0}
+        if self.length <= 10_000:
+            self.references["paper"] = 1.0
+        self.max_return = 1.0
+
+    def draw(self, rng):
+        self.goal = int(rng.choice((-1, 1)))
+        self.x = self.y = 0
+
+    def act(self, action):
+        along, across = ((1, 0), (0, 1), (-1, 0), (0, -1))[action]
+        if along and self.y == 0:
+            self.x = min(max(self.x + along, 0), self.length)
+        elif across and self.x == self.length:
+            self.y = min(max(self.y + across, -1), 1)
+        if self.time == self.horizon:
+            return float(self.y == self.goal), True, {}
+        return (0.0 if action == 0 else -1.0 / self.length), False, {}
+
+    def observe(self):
+        hint = self.goal if self.time == 0 else 0
+        return np.array((self.x == self.length, self.y or hint), np.float32)
+
+    def end(self, info):
+        info["success"] = float(self.y == self.goal)
+
+
+class Wind(World):
+    """`wind:`: hold a place against an unknown steady wind ([1] 5.1; Ni et al. 2022).
+
+    Rules        A point starts at (0, 0). Each step adds 0.1 x action and the rollout's wind,
+                 uniform in [-.08, .08]^2. 1 for each step that ends within .03 of (0, 1).
+    Observation  position x, y
+    Actions      Box(-1, 1, (2,))
+    Ends         after 75 steps, truncated
+    Returns      random 0, best known 62.1 (straight to the goal, correcting for the wind
+                 that the first step shows); the paper reaches 61 to 62 with a fixed set of winds
+    """
+
+    GOAL, RADIUS = (0.0, 1.0), 0.03
+
+    def __init__(self, name, **options):
+        if name:
+            raise ValueError(f"unknown environment {'wind:' + name!r}; nearest: wind:")
+        self.name, self.horizon = "wind:", 75
+        check_options(self.name, options, ())
+        self.observation_space = spaces.Box(-13.5, 13.5, (2,), np.float32)  # 75 x (.1 + .08)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.references = {"random": 0.0, "best": 62.1, "paper": 61.5}
+
+    def draw(self, rng):
+        self.wind = rng.uniform(-0.08, 0.08, 2).tolist()
+        self.position = (0.0, 0.0)
+
+    def act(self, action):
+        self.position = tuple(here + 0.1 * float(push) + wind for here, push, wind
+                              in zip(self.position, action, self.wind))
+        return float(math.dist(self.position, self.GOAL) < self.RADIUS), False, {}
+
+    def observe(self):
+        return np.array(self.position, np.float32)
+
+
+def cheetah_env(name, **options):
+    """`cheetah:vel`: 3 episodes of 200 steps with one hidden target speed ([1] App. C.2)."""
+    if name != "vel":
+        raise ValueError(f"unknown environment {'cheetah:' + name!r}; nearest: cheetah:vel")
+    check_options("cheetah:vel", options, ())
+    need("mujoco", '"gymnasium[mujoco]"', "cheetah:vel")
+    env = Meta(Adapter(CheetahVelocity(), "cheetah:vel", 200, limit=200), 3, "cheetah:vel")
+    env.references = {"random": -1019.0, "paper": -58.0}
+    return env
+
+
+class CheetahVelocity(gymnasium.Wrapper):
+    """Run at a speed that only the rewards reveal.
+
+    Rules        The target is uniform in [0, 3], one per rollout. Reward of a step:
+                 -|speed - target| - .05 |action|^2
+    Observation  gymnasium's HalfCheetah-v5: 17 angles and speeds
+    Actions      Box(-1, 1, (6,)), torques
+    Returns      in 3 x 200 steps: random -1019, paper -58, without memory -281, the latter two
+                 with an older simulator
+    """
+
+    def __init__(self):
+        super().__init__(gymnasium.make("HalfCheetah-v5", max_episode_steps=-1,
+                                        disable_env_checker=True, ctrl_cost_weight=0.05))
+
+    def reset(self, *, seed=None, options=None):
+        self.target = np.random.default_rng(seed).uniform(0.0, 3.0)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        reward = info["reward_ctrl"] - abs(info["x_velocity"] - self.target)
+        return observation, reward, terminated, truncated, {}
+
+
+def metaworld_env(name, **options):
+    """`metaworld:reach` (any of ML1's 50 tasks) or `metaworld:ML45`, k episodes of 500 steps.
+
+    Options: episodes=k (2), split=test (train). See MetaWorld.
+    """
+    need("metaworld", "metaworld==3.1.1", "metaworld:" + name)
+    choices = metaworld_names()
+    full = "metaworld:" + name.removesuffix("-v3")
+    if full not in choices:
+        raise ValueError(f"unknown environment {full!r}; {nearest(full, choices)}")
+    check_options(full, options, ["episodes", "split"])
+    episodes = positive_int(full, "episodes", options.get("episodes", 2))
+    split = options.get("split", "train")
+    if split not in ("train", "test"):
+        raise ValueError(f"option 'split' of {full!r} is train or test, not {split!r}")
+    written = {"episodes": episodes, **({"split": "test"} if split == "test" else {})}
+    raw = MetaWorld(full.removeprefix("metaworld:"), split)
+    return Meta(Adapter(raw, full, 500, limit=500), episodes, full_name(full, written))
+
+
+def metaworld_names():
+    if importlib.util.find_spec("metaworld") is None:
+        return []
+    tasks = importlib.import_module("metaworld").ML1.ENV_NAMES
+    return ["metaworld:ML45", *("metaworld:" + task.removesuffix("-v3") for task in tasks)]
+
+
+@functools.cache  # ML45 takes half a minute
+def metaworld_benchmark(name):
+    package = importlib.import_module("metaworld")
+    # seed 0: everybody has the same 50 tasks
+    return package.ML45(seed=0) if name == "ML45" else package.ML1(f"{name}-v3", seed=0)
+
+
+class MetaWorld(gymnasium.Env):
+    """A robot arm and an object whose place, or the goal's, only the rewards reveal ([1] 5.1).
+
+    Rules        Each rollout draws a class of tasks (ML45: 45 to train, 5 to test), then one of
+                 its 50 tasks. Rewards are the package's own, 0 to 10 per step. info["success"]:
+                 solved at some time in this episode.
+    Observation  39 numbers: gripper and object, now and a step before; the goal is blanked
+    Actions      Box(-1, 1, (4,)): gripper's motion and grip
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (39,), np.float64)
+    action_space = spaces.Box(-1, 1, (4,), np.float32)
+
+    def __init__(self, name, split):
+        self.name, self.split = name, split
+        self.built = {}  # simulators are slow to load: only those that are drawn, and once
+
+    def reset(self, *, seed=None, options=None):
+        rng = np.random.default_rng(seed)
+        benchmark = metaworld_benchmark(self.name)
+        classes = getattr(benchmark, f"{self.split}_classes")
+        name = list(classes)[rng.integers(len(classes))]
+        if name not in self.built:
+            self.built[name] = classes[name]()
+        tasks = [task for task in getattr(benchmark, f"{self.split}_tasks")
+                 if task.env_name == name]
+        self.arm, self.solved = self.built[name], False
+        self.arm.set_task(tasks[rng.integers(len(tasks))])
+        return self.arm.reset(seed=seed)[0], {}
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.arm.step(action)
+        self.solved = self.solved or bool(info["success"])
+        return observation, reward, terminated, truncated, {"success": self.solved}
+
+
+# ---- 9. Instruction worlds ------------------------------------------------------------------
+
+
+class Maze(Instructed):
+    """`maze:15x15`: visit cells of an unknown maze in the given order ([1] 5.2, App. C.4).
+
+    Rules        Every rollout has a new maze (see draw_maze; an even size is made odd) and goals:
+                 distinct free cells. +1 for each one reached, in order. The agent starts in the
+                 south, in the middle, in a strip that always looks the same.
+    Observation  row / rows, column / columns, then the number of free cells to the west, north,
+                 east and south, / columns or rows; and the instruction
+    Actions      west, north, east, south, stay; a step into a wall stays
+    Ends         terminated with the last goal; truncated after 400 steps in 15x15, 1000 in 31x31,
+                 other sizes on a straight line through these two
+    Instruction  "travel to (row, column)"; a goal inside a wall opens the wall
+    Options      goals=n: 1 to n of them, n = 1..5 (3); rewired=1: the four directions are permuted
+                 anew in every rollout; position=0: the agent does not see where it is
+    Returns      random see RANDOM, best 2 on average, (n + 1) / 2 with goals=n; successes in the
+                 paper: 15x15 97 %, without position 91 %; 31x31 ("30x30") 72 %, rewired 68 %
+    """
+
+    DEFAULTS = {"goals": 3, "position": True, "rewired": False}
+    RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
+    keys = GRID_KEYS
+
+    def __init__(self, size, **options):
+        rows, columns = (2 * (n // 2) + 1 for n in grid_size("maze", size, 5))
+        name = f"maze:{rows}x{columns}"
+        check_options(name, options, [*self.DEFAULTS, "instruction"])
+        options = {**self.DEFAULTS, **options}
+        goals = positive_int(name, "goals", options["goals"])
+        if goals > 5:
+            raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
+        for key in ("position", "rewired"):
+            options[key] = flag(name, key, options[key])
+        self.position_seen, self.rewired = options["position"], options["rewired"]
+        written = {key: value for key, value in options.items()
+                   if key == "instruction" or value != self.DEFAULTS[key]}
+        self.rows, self.columns = rows, columns
+        self.start = (rows - 2, columns // 2)
+        self.horizon = int(400 + 600 / 16 * ((rows + columns) / 2 - 15))
+        self.action_space = spaces.Discrete(5)
+        self.set_up(name, written, goals, 2, max(rows, columns), vector=spaces.Box(
+            0, 1, (6 if self.position_seen else 4,), np.float32))
+        self.references = {"best": (1 + goals) / 2}
+        if goals == 3 and (rows, columns) in self.RANDOM:
+            self.references["random"] = self.RANDOM[rows, columns]
+        if self.fixed is not None or goals == 1:
+            self.max_return = 1.0 if self.fixed is None else float(len(goal_list(self.fixed)))
+            self.references = {"best": self.max_return}
+
+    def begin_world(self, rng, goals):
+        wall = draw_maze(self.rows, self.columns, rng)
+        wiring = rng.permutation(4).tolist() if self.rewired else range(4)
+        self.wiring = [*wiring, STAY]
+        if goals is None:
+            free = ~wall
+            free[self.start] = False
+            cells = np.argwhere(free)
+            count = rng.integers(1, self.max_goals + 1)
+            goals = cells[rng.choice(len(cells), count, replace=False)].tolist()
+        else:
+            open_cells(wall, goals)
+        self.wall, self.views = wall.tolist(), self.all_views(wall)
+        self.position, self.path = self.start, [self.start]
+        return goals
+
+    def all_views(self, wall):
+        """What is seen from every cell, (rows, columns, 6 or 4), so that a step only looks it up.
+
+        Free cells to the west = own column - column of the nearest wall there - 1, and so on.
+        """
+        row, column = np.indices(wall.shape)
+        ahead = np.maximum.accumulate
+        west = column - ahead(np.where(wall, column, 0), axis=1) - 1
+        north = row - ahead(np.where(wall, row, 0), axis=0) - 1
+        # the same from the other end
+        back = np.minimum.accumulate
+        east = back(np.where(wall, column, self.columns)[:, ::-1], axis=1)[:, ::-1] - column - 1
+        south = back(np.where(wall, row, self.rows)[::-1], axis=0)[::-1] - row - 1
+        high, wide = self.rows, self.columns
+        views = [row / high, column / wide, west / wide, north / high, east / wide, south / high]
+        return np.stack(views if self.position_seen else views[2:], axis=-1).astype(np.float32)
+
+    def move(self, action):
+        down, right = STEPS[self.wiring[action]]
+        row, column = self.position[0] + down, self.position[1] + right
+        if not self.wall[row][column]:
+            self.position = (row, column)
+        self.path.append(self.position)
+        return [self.position], False
+
+    def look(self):
+        return {"vector": self.views[self.position].copy()}
+
+    def parse_goal(self, text):
+        match = re.fullmatch(r"travel to \( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text)
+        if not match:
+            raise ValueError(f"unknown goal {shorten(text)}; nearest: travel to (1, 1), as row and "
+                             "column")
+        row, column = map(int, match.groups())
+        if not (1 <= row <= self.rows - 2 and 1 <= column <= self.columns - 2):
+            raise ValueError(f"({row}, {column}) is not inside {self.name}: rows are 1 to "
+                             f"{self.rows - 2}, columns 1 to {self.columns - 2}")
+        return row, column
+
+    def format_goal(self, goal):
+        return f"travel to ({goal[0]}, {goal[1]})"
+
+    def render(self):
+        picture, size = draw_cells(self.wall)
+        for cell in set(self.path):
+            fill_square(picture, *centre(cell, size), 0.25 * size, PATH)
+        for i in reversed(range(self.goals)):  # if two share a cell, the next one is on top
+            y, x = centre(self.instruction[i], size)
+            fill_square(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
+            write_digit(picture, y, x, i + 1, size)
+        fill_disc(picture, *centre(self.position, size), 0.3 * size, AGENT)
+        return picture
+
+
+def draw_maze(rows, columns, rng):
+    """(rows, columns) of bool, True = wall. All free cells are connected.
+
+    Walls grow like hedges from random points with even coordinates, two cells at a time, always to
+    a point without a wall, until they are stuck: so they never close a loop, and nothing is cut
+    off. Then the strip where the agent starts is cleared, and a short corridor built around it.
+    """
+    wall = np.zeros((rows, columns), bool)
+    wall[[0, -1]] = wall[:, [0, -1]] = True
+    wall = wall.tolist()
+    hedges = int(0.75 * (rows // 2) * (columns // 2))
+    points = rng.integers((rows // 2 + 1, columns // 2 + 1), size=(hedges, 2)).tolist()
+    choices = iter(rng.random((rows // 2) * (columns // 2)).tolist())  # one per point at most
+    for row, column in points:
+        row, column = 2 * row, 2 * column
+        wall[row][column] = True
+        while True:
+            free = [(down, right) for down, right in STEPS[:4]
+                    if 0 < row + 2 * down < rows and 0 < column + 2 * right < columns
+                    and not wall[row + 2 * down][column + 2 * right]]
+            if not free:
+                break
+            down, right = free[int(next(choices) * len(free))]
+            for _ in range(2):
+                row, column = row + down, column + right
+                wall[row][column] = True
+    wall = np.array(wall)
+    strip = min(4, rows // 3)
+    wall[-1 - strip:-1, 1:-1] = False
+    wall[-strip:-1, [columns // 2 - 1, columns // 2 + 1]] = True
+    return wall
+
+
+def open_cells(wall, cells):
+    """Clear these cells. Only a point where hedges meet can be closed in on all sides then:
+
+    it gets a way out to the west, to where two free cells become one passage.
+    """
+    for row, column in cells:
+        wall[row, column] = False
+        if all(wall[row + down, column + right] for down, right in STEPS[:4]):
+            wall[row, column - 1] = False
+
+
+class Delivery(Instructed):
+    """`delivery:30`: bring packages to places along a road of forks ([1] 5.2, App. C.3).
+
+    Rules        A round road of L cells. 2 to 6 of them are forks; the same side of a fork is
+                 right during the whole rollout and goes on, the other one leads back to cell 0.
+                 2 to 4 destinations, in the order of the road, none at a fork. One of four ways
+                 to drop a package is right during the whole rollout: with packages left, and not
+                 in cell 0, it delivers one here, +1 if this is the next destination. Any other
+                 drop leads back to cell 0, but at a fork nothing is dropped at all. There are
+                 three packages per destination.
+    Observation  cell, packages left, is at a fork; and the instruction
+    Actions      forward (not at a fork), left, right (only there), drop 1, 2, 3, 4, wait; what is
+                 not possible does nothing
+    Ends         terminated when all is delivered, truncated after 6 L steps
+    Instruction  "deliver to 7"; forks keep away from these cells
+    Returns      random see RANDOM, best 3 on average, which trying and remembering always
+                 reaches; successes in the paper 88 %, without imitation loss 94 %
+    """
+
+    RANDOM = {30: 0.18}
+    FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
+    keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
+
+    def __init__(self, length, **options):
+        # 6 forks, 4 destinations and cell 0 need room
+        if not re.fullmatch("[0-9]{1,4}", length) or int(length) < 11:
+            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the "
+                             "road is a whole number from 11 to 9999; nearest: delivery:30")
+        self.length = int(length)
+        self.horizon = 6 * self.length
+        name = f"delivery:{self.length}"
+        check_options(name, options, ["instruction"])
+        self.action_space = spaces.Discrete(8)
+        self.set_up(name, options, 4, 1, self.length, vector=spaces.Box(
+            np.zeros(3, np.float32), np.float32([self.length - 1, 12, 1])))
+        self.references = {"best": 3.0}
+        if self.fixed is not None:
+            self.references = {"best": float(len(goal_list(self.fixed)))}
+        elif self.length in self.RANDOM:
+            self.references["random"] = self.RANDOM[self.length]
+
+    def begin_world(self, rng, goals):
+        cells = rng.permutation(np.arange(1, self.length)).tolist()
+        if goals is None:
+            goals = [(cell,) for cell in sorted(cells[:rng.integers(2, 5)])]
+        taken = {cell for cell, in goals}
+        forks = [cell for cell in cells if cell not in taken][:rng.integers(2, 7)]
+        sides = rng.integers(self.LEFT, self.RIGHT + 1, len(forks))
+        self.forks = dict(zip(forks, sides.tolist()))
+        self.drop = self.DROP + int(rng.integers(4))
+        self.position, self.packages = 0, 3 * len(goals)
+        return goals
+
+    def move(self, action):
+        side = self.forks.get(self.position)
+        if action in (self.LEFT, self.RIGHT):
+            if side is not None:
+                self.position = (self.position + 1) % self.length if action == side else 0
+        elif side is None and action == self.FORWARD:
+            self.position = (self.position + 1) % self.length
+        elif side is None and action != self.WAIT:
+            if action == self.drop and self.packages and self.position:
+                self.packages -= 1
+                return [(self.position,)], False
+            self.position = 0
+        return [], False
+
+    def look(self):
+        return {"vector": np.array((self.position, self.packages, self.position in self.forks),
+                                   np.float32)}
+
+    def parse_goal(self, text):
+        match = re.fullmatch("deliver to ([0-9]{1,5})", text)
+        if not match:
+            raise ValueError(f"unknown goal {shorten(text)}; nearest: deliver to 7")
+        cell = int(match[1])
+        if not 1 <= cell < self.length:
+            raise ValueError(f"there is no delivery to cell {cell} of {self.name}: cells are 1 to "
+                             f"{self.length - 1}")
+        return (cell,)
+
+    def format_goal(self, goal):
+        return f"deliver to {goal[0]}"
+
+    def render(self):
+        """The road as a ring: cell 0 is in the south, it goes clockwise, forks are squares.
+
+        In the middle the packages that are left.
+        """
+        picture = np.full((256, 256, 3), WALL, np.uint8)
+        size = min(2 * math.pi * 104 / self.length, 48)  # of a cell
+
+        def place(cell, radius=104):
+            angle = 2 * math.pi * cell / self.length
+            return 128 + radius * math.cos(angle), 128 - radius * math.sin(angle)
+
+        for cell in range(self.length):
+            fill = fill_square if cell in self.forks else fill_disc
+            fill(picture, *place(cell), 0.4 * size, FORK if cell in self.forks else FLOOR)
+        for i in reversed(range(self.goals)):
+            y, x = place(self.instruction[i, 0])
+            fill_disc(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
+            write_digit(picture, y, x, i + 1, size)
+        for i in range(self.packages):
+            fill_square(picture, 108 + 20 * (i // 4), 98 + 20 * (i % 4), 7, DOOR)
+        fill_disc(picture, *place(self.position, 104 - size), 0.4 * size, AGENT)
+        return picture
+
+
+# ---- 10. Pictures --------------------------------------------------------------------------
+# Just enough to draw the worlds above with numpy: uint8 (H, W, 3), about 256 pixels wide.
+
+FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (30, 90, 220)
+KEY, DOOR, FORK = (240, 180, 20), (150, 95, 50), (170, 120, 220)
+DIGITS = {  # 3 x 5 pixels, row by row
+    1: "010110010010111", 2: "111001111100111", 3: "111001111001111", 4: "101101111001001",
+    5: "111100111001111"}
+
+
+def draw_cells(wall):
+    """A picture of this grid, and the size of one cell in pixels."""
+    size = max(1, 256 // max(np.shape(wall)))
+    picture = np.array([FLOOR, WALL], np.uint8)[np.array(wall, int)]
+    return picture.repeat(size, axis=0).repeat(size, axis=1), size
+
+
+def centre(cell, size):
+    return (cell[0] + 0.5) * size, (cell[1] + 0.5) * size
+
+
+def fill_square(picture, y, x, half, colour):
+    top, left = round(max(y - half, 0)), round(max(x - half, 0))
+    picture[top:round(y + half), left:round(x + half)] = colour
+
+
+def fill_disc(picture, y, x, radius, colour):
+    rows, columns = np.ogrid[:picture.shape[0], :picture.shape[1]]
+    picture[(rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius ** 2] = colour
+
+
+def write_digit(picture, y, x, digit, size):
+    """As large as fits into a square of this size."""
+    scale = max(1, int(size * 0.8) // 5)
+    glyph = np.array([*DIGITS[digit]], int).reshape(5, 3).repeat(scale, 0).repeat(scale, 1)
+    top, left = round(y - 2.5 * scale), round(x - 1.5 * scale)
+    there = picture[top:top + 5 * scale, left:left + 3 * scale]
+    there[glyph[:there.shape[0], :there.shape[1]] == 1] = (0, 0, 0)
+
+
+def goal_colour(number, progress):
+    """Grey: done; red: the next one; yellow: later."""
+    return (165, 165, 165) if number < progress else (
+        (240, 100, 90) if number == progress else (250, 210, 90))
+
+
+# ---- 11. Crafter ----------------------------------------------------------------------------
+# Hafner 2021, "Benchmarking the Spectrum of Agent Capabilities": survive on an island of 64 x 64
+# cells and climb a tree of 22 achievements. The game is that of the package, which is imported
+# when an environment is made and not before.
+
+
+class CrafterGame:
+    """One game of crafter: in every bit what the package plays, but repeatable and faster.
+
+    World, player, creatures, their rules and the pictures are the package's own objects. What is
+    done differently is all here and touches no other user of the package:
+
+    OrderedSet  The package keeps the creatures of each chunk of land in a `set`, whose order
+                depends on memory addresses: the same actions lead to different episodes.
+    grow        The package asks for 25 000 values of noise one by one, .7 s per world. From world
+                to world only some gradients differ, the rest is done once (see CrafterNoise): the
+                same worlds in a few ms. So every reset can afford a new one. There is no pool of
+                worlds, nothing to refresh, to save or to share, and an episode is one number.
+    step        asks the creatures around the player whether they are near, instead of all on the
+                island; makes neither picture nor map.
+    balance     counts the cells of all chunks at once.
+    picture     draws the noise of the night from a generator of its own: looking changes nothing.
+    """
+
+    REACH = 17  # creatures this near act: nearer than twice the width of the view
+    DIAMOND = np.add.outer(*[np.abs(np.arange(-REACH, REACH + 1))] * 2) <= REACH
+    # What a cell of the screen may show: nothing (outside of the island), the package's materials
+    # in its order, and what may stand on them. By the names of the package's textures.
+    TILES = ("outside", "water", "grass", "stone", "path", "sand", "tree", "lava", "coal", "iron",
+             "diamond", "table", "furnace", "player-left", "player-right", "player-up",
+             "player-down", "player-sleep", "cow", "zombie", "skeleton", "arrow-left",
+             "arrow-right", "arrow-up", "arrow-down", "plant", "plant-ripe")
+    ZERO, UNIT = np.float32([[0] * 18 + [30, 30, 0], [1, 1] + [10] * 16 + [60, 60, 1]])
+    TILE_NUMBER = {name: number for number, name in enumerate(TILES)}
+
+    def __init__(self):
+        from crafter import constants, engine
+        self.actions = constants.actions
+        self.world = engine.World((64, 64), constants.materials, (12, 12))
+
+    def reset(self, seed):
+        """The package's island after World.reset(seed)."""
+        from crafter import objects
+        self.seed, self.time, self.unlocked, self.last_health = seed, 0, set(), 9
+        self.world.reset(seed)
+        self.world._chunks = collections.defaultdict(OrderedSet)
+        self.set_daylight()
+        self.player = objects.Player(self.world, (32, 32))
+        self.world.add(self.player)
+        self.grow()
+
+    def set_daylight(self):
+        self.world.daylight = 1 - np.abs(np.cos(np.pi * (self.time / 300 % 1 + 0.3))) ** 3
+
+    # -- making an island --
+
+    def grow(self):
+        """crafter.worldgen, but whole fields at once. Arrays are flat, cell (x, y) at 64 x + y."""
+        world, ids = self.world, self.world._mat_ids
+        noise = CrafterNoise(world.random.randint(0, 2**31 - 1))
+        x, y = np.divmod(np.arange(64 * 64), 64)
+        distance = np.sqrt((x - 32) ** 2 + (y - 32) ** 2)
+        start = 4 - distance + 2 * noise("start")
+        start = 1 / (1 + np.exp(-start))
+        water = noise("lakes") + 0.15 * noise("ponds") + 0.1 - 2 * start
+        rock = (noise("mountains") + 0.3 * noise("rocks")) / 1.3 - (4 * start + 0.3 * water)
+
+        land = np.full(64 * 64, ids["grass"], np.uint8)
+        mountain = np.flatnonzero((start <= 0.5) & (rock > 0.15))
+        cave = (noise("caves", mountain) > 0.15) & (rock[mountain] > 0.3)
+        solid = mountain[~cave]
+        for tunnels in ("tunnels along x", "tunnels along y"):
+            solid = solid[~(noise(tunnels, solid) > 0.4)]
+        tunnel = np.zeros(64 * 64, bool)
+        tunnel[mountain[~cave]], tunnel[solid] = True, False
+        land[mountain], land[solid] = ids["path"], ids["stone"]
+        deep = solid[rock[solid] > 0.3]
+        land[deep[noise("lava", deep) > 0.35]] = ids["lava"]
+
+        plain = np.flatnonzero((start <= 0.5) & (rock <= 0.15))
+        shore = plain[(0.25 < water[plain]) & (water[plain] <= 0.35)]
+        land[plain[water[plain] > 0.3]] = ids["water"]
+        land[shore[noise("sand", shore) > -0.2]] = ids["sand"]
+
+        # what depends on luck: one number per question that comes to be asked, cell by cell
+        chances = np.zeros((4, 64 * 64), bool)  # of coal, iron, diamond, tree
+        chances[0, solid] = noise("coal", solid) > 0
+        chances[1, solid] = noise("iron", solid) > 0.4
+        chances[2, solid] = rock[solid] > 0.18
+        plain = plain[land[plain] == ids["grass"]]
+        chances[3, plain] = noise("trees", plain) > 0
+        cells = np.flatnonzero(chances.any(0))
+        with uniform_numbers(world.random, int(chances.sum())) as uniform:
+            for cell, coal, iron, diamond, tree in zip(cells.tolist(), *chances[:, cells].tolist()):
+                if coal and uniform() > 0.85:
+                    land[cell] = ids["coal"]
+                elif iron and uniform() > 0.75:
+                    land[cell] = ids["iron"]
+                elif diamond and uniform() > 0.994:
+                    land[cell] = ids["diamond"]
+                elif tree and uniform() > 0.8:
+                    land[cell] = ids["tree"]
+        world._mat_map = land.reshape(64, 64)
+        self.populate(land, distance, tunnel)
+
+    def populate(self, land, distance, tunnel):
+        from crafter import objects
+        world, player, ids = self.world, self.player, self.world._mat_ids
+        grass, path = land == ids["grass"], land == ids["path"]
+        walkable = grass | path | (land == ids["sand"])
+        cow, zombie = grass & (distance > 3), walkable & (distance > 10)
+        skeleton = path & tunnel
+        cells = np.flatnonzero(cow | zombie | skeleton)
+        chances = np.stack([cow, zombie, skeleton])[:, cells]
+        with uniform_numbers(world.random, int(chances.sum())) as uniform:
+            for cell, cow, zombie, skeleton in zip(cells.tolist(), *chances.tolist()):
+                if cow and uniform() > 0.985:
+                    world.add(objects.Cow(world, divmod(cell, 64)))
+                elif zombie and uniform() > 0.993:
+                    world.add(objects.Zombie(world, divmod(cell, 64), player))
+                elif skeleton and uniform() > 0.95:
+                    world.add(objects.Skeleton(world, divmod(cell, 64), player))
+
+    # -- playing --
+
+    def step(self, action):
+        """-> (the package's reward, names of the achievements in this step, first time or not)"""
+        world, player, reach = self.world, self.player, self.REACH
+        self.time += 1
+        self.set_daylight()
+        player.action = self.actions[action]
+        before, born = list(player.achievements.values()), len(world._objects)
+        player.update()
+        # nobody moves except by its own update, so all can be asked at once who is near
+        x, y = player.pos.tolist()
+        left, top = max(x - reach, 0), max(y - reach, 0)
+        near = world._obj_map[left:x + reach + 1, top:y + reach + 1]
+        column, row = left - x + reach, top - y + reach
+        near = near[self.DIAMOND[column:column + near.shape[0], row:row + near.shape[1]]]
+        for number in np.sort(near[near > 1]).tolist():  # 0 is nobody, 1 the player
+            if number < born:  # the newborn begin with the next step
+                world._objects[number].update()
+        if self.time % 10 == 0:
+            self.balance()
+        reward = (player.health - self.last_health) / 10
+        self.last_health = player.health
+        earned = []
+        if before != list(player.achievements.values()):
+            earned = [name for count, (name, now) in zip(before, player.achievements.items())
+                      if now > count]
+            if not self.unlocked.issuperset(earned):
+                reward += 1.0
+                self.unlocked.update(earned)
+        return reward, earned
+
+    @property
+    def dead(self):
+        return self.player.health <= 0
+
+    def balance(self):
+        """Creatures come and go: as many in a chunk as its land, and the light, allow."""
+        from crafter.objects import Cow, Skeleton, Zombie
+        world, light = self.world, self.world.daylight
+        grass, path = (world._mat_map == world._mat_ids[name] for name in ("grass", "path"))
+        edges = np.arange(0, 64, 12)
+        cells = [np.add.reduceat(np.add.reduceat(land, edges, 0, np.intp), edges, 1).tolist()
+                 for land in (grass, path)]
+        for chunk, inside in list(world._chunks.items()):
+            meadow, tunnels = (count[chunk[0] // 12][chunk[2] // 12] for count in cells)
+            kinds = [type(creature) for creature in inside]
+            night = 3.5 - 3 * light
+            for kind, land, far, leaves, comes, goes, low, high in (
+                    (Zombie, grass, 6, 0, 0.3, 0.4, 0 if meadow < 50 else night, night),
+                    (Skeleton, path, 7, 7, 0.1, 0.1, 0 if tunnels < 6 else 1, 2),
+                    (Cow, grass, 5, 5, 0.01, 0.1, 0 if meadow < 30 else 1, 1.5 + light)):
+                count = kinds.count(kind)
+                if count < int(low) and world.random.random_sample() < comes:
+                    self.spawn(kind, land, chunk, far)
+                elif count > int(high) and world.random.random_sample() < goes:
+                    creatures = [creature for creature in inside if type(creature) is kind]
+                    creature = creatures[world.random.randint(0, count)]
+                    if self.player.distance(creature) >= leaves:
+                        world.remove(creature)
+
+    def spawn(self, kind, land, chunk, far):
+        left, right, top, bottom = chunk
+        xs, ys = np.nonzero(land[left:right, top:bottom])
+        i = self.world.random.randint(0, len(xs))
+        cell = np.array((left + xs[i], top + ys[i]))
+        if self.world[cell][1] is None and self.player.distance(cell) >= far:
+            fears_player = (self.player,) if kind.__name__ != "Cow" else ()
+            self.world.add(kind(self.world, cell, *fears_player))
+
+    # -- looking --
+
+    def screen(self):
+        """-> materials, uint8 (9, 7) by column and row; [((column, row), name of a texture)]"""
+        (x, y), world = self.player.pos.tolist(), self.world
+        left, top = max(x - 4, 0), max(y - 3, 0)
+        column, row = left - x + 4, top - y + 3  # > 0 where the screen sticks out of the island
+        land = world._mat_map[left:x + 5, top:y + 4]
+        beings = world._obj_map[left:x + 5, top:y + 4]
+        shown = np.zeros((9, 7), np.uint8)
+        shown[column:column + land.shape[0], row:row + land.shape[1]] = land
+        return shown, [((column + i, row + j), world._objects[beings[i, j]].texture)
+                       for i, j in zip(*map(np.ndarray.tolist, np.nonzero(beings)))]
+
+    def tiles(self):
+        """The screen row by row, numbers of TILES: uint8 (63,)."""
+        shown, beings = self.screen()
+        for cell, name in beings:
+            shown[cell] = self.TILE_NUMBER[name]
+        return shown.T.ravel()
+
+    def look(self, pixels):
+        shown = {"image": self.picture(64)} if pixels else {"texture": self.tiles()}
+        return {**shown, "vector": self.numbers()}
+
+    def numbers(self):
+        """float32 (21,): facing x, y; inventory / 10; (x - 30, y - 30) / 60; daylight."""
+        player = self.player
+        numbers = np.array((*player.facing, *player.inventory.values(), *player.pos.tolist(),
+                            self.world.daylight), np.float32)
+        return (numbers - self.ZERO) / self.UNIT
+
+    def picture(self, size):
+        """What the package draws, uint8 (size, size, 3), but all of the ground at once."""
+        from crafter import engine
+        textures, ground = crafter_textures(size // 9)
+        unit = np.array((size, size)) // 9
+        materials, beings = self.screen()
+        land = ground[materials].transpose(0, 2, 1, 3, 4).reshape(*unit * (9, 7), 3)
+        for cell, name in beings:
+            engine._draw_alpha(land, cell * unit, textures.get(name, unit))
+        world = types.SimpleNamespace(area=(64, 64),
+                                      random=np.random.default_rng((self.seed, self.time)))
+        view = engine.LocalView(world, textures, (9, 7))
+        land = view._light(land, self.world.daylight)
+        if self.player.sleeping:
+            land = view._sleep(land)
+        items = crafter_items(size // 9, tuple(self.player.inventory.items()))
+        picture = np.zeros((size, size, 3), np.uint8)
+        edge, extent = size % 9 // 2, 9 * unit[0]
+        picture[edge:edge + extent, edge:edge + extent] = np.concatenate(
+            [land, items], 1).transpose(1, 0, 2)
+        return picture
+
+
+class OrderedSet(dict):
+    """A set that iterates in the order of insertion, as far as crafter's chunks need one."""
+
+    def add(self, item):
+        self[item] = None
+
+    def remove(self, item):
+        del self[item]
+
+
+class CrafterNoise:
+    """The fields of noise that crafter grows a world from: noise(name, cells) -> one per cell.
+
+    OpenSimplex noise at a point is a sum over the corners of a lattice around it,
+
+        sum of weight * (gradient of the corner . offset from the corner)
+
+    All worlds have the same points, so the same corners, weights and offsets. These come from the
+    package's own function, once per process (.5 s). A seed only shuffles the gradients. The sums
+    are done in the package's order: the values agree to the last bit.
+    """
+
+    LINE = np.arange(64)
+    WIDE, NARROW = 2 * LINE / 3, LINE / 5 / 3
+    FIELDS = {"start": (LINE / 3, LINE / 3, 8), "lakes": (LINE / 15, LINE / 15, 3),
+              "ponds": (LINE / 5, LINE / 5, 3), "mountains": (LINE / 15, LINE / 15, 0),
+              "rocks": (LINE / 5, LINE / 5, 0), "caves": (LINE / 7, LINE / 7, 6),
+              "tunnels along x": (WIDE, NARROW, 7), "tunnels along y": (NARROW, WIDE, 7),
+              "coal": (LINE / 8, LINE / 8, 1), "iron": (LINE / 6, LINE / 6, 2),
+              "lava": (LINE / 5, LINE / 5, 6), "sand": (LINE / 9, LINE / 9, 4),
+              "trees": (LINE / 7, LINE / 7, 5)}
+
+    def __init__(self, seed):
+        from opensimplex.internals import GRADIENTS3
+        (x, y, z), self.fields = self.tables()
+        shuffled = self.shuffle(seed)
+        corner = shuffled[(shuffled[(shuffled[x] + y) % 256] + z) % 256]
+        self.gradients = GRADIENTS3.reshape(-1, 3)[corner % 24].T.astype(np.float64)
+
+    def __call__(self, name, cells=slice(None)):
+        # parts: (8, number of cells); in place, because fresh memory costs as much as the sums
+        corner, dx, dy, dz, weight = (part[:, cells] for part in self.fields[name])
+        terms = self.gradients[0].take(corner)
+        terms *= dx
+        for gradient, offset in zip(self.gradients[1:], (dy, dz)):
+            term = gradient.take(corner)
+            term *= offset
+            terms += term
+        terms *= weight
+        value = terms[0]
+        for term in terms[1:]:  # terms.sum(0) might add in another order
+            value += term
+        return value / 103
+
+    @staticmethod
+    def shuffle(seed):
+        """opensimplex's own shuffle of 0..255, which a seed stands for."""
+        left, shuffled = list(range(256)), [0] * 256
+        for i in range(-3, 256):
+            seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**64
+            if i >= 0:
+                signed = seed - 2**64 if seed >= 2**63 else seed
+                pick = (signed + 31) % (256 - i)
+                shuffled[255 - i], left[pick] = left[pick], left[255 - i]
+        return np.array(shuffled)
+
+    @classmethod
+    @functools.lru_cache(1)
+    def tables(cls):
+        """x, y, z of all corners, and {field: (corner, dx, dy, dz, weight)}, each (8, 4096).
+
+        A point has 3 to 8 corners near enough; the weights of the others are 0.
+        """
+        from opensimplex import internals
+        fields, points, asked = len(cls.FIELDS), [], []
+        noise = getattr(internals._noise3, "py_func", internals._noise3)  # as it was before numba
+        # the same function, but the one that it asks for each product writes down the question
+        noise = types.FunctionType(noise.__code__, {
+            **vars(internals), "_extrapolate3": lambda *question: asked.extend(question[2:]) or 0})
+        for xs, ys, z in cls.FIELDS.values():
+            for x, y in itertools.product(xs.tolist(), ys.tolist()):
+                asked.clear()
+                noise(x, y, z, None, None)
+                points += asked + [9.0] * (8 * 6 - len(asked))  # too far away to count
+        points = np.array(points).reshape(fields, 64 * 64, 8, 6).transpose(3, 0, 2, 1)
+        x, y, z = points[:3].astype(np.intp) % 256
+        corners, index = np.unique(256 * (256 * x + y) + z, return_inverse=True)
+        dx, dy, dz = points[3:].copy()
+        near = np.maximum(2 - dx * dx - dy * dy - dz * dz, 0)
+        near *= near
+        parts = index, dx, dy, dz, near * near
+        return np.unravel_index(corners, (256,) * 3), dict(zip(cls.FIELDS, zip(*parts)))
+
+
+@contextlib.contextmanager
+def uniform_numbers(random, at_most):
+    """Yield a function that returns what random.uniform() would return, only faster."""
+    state = random.get_state()
+    numbers = iter(random.random_sample(at_most).tolist())
+    yield numbers.__next__
+    random.set_state(state)
+    random.random_sample(at_most - operator.length_hint(numbers))
+
+
+@functools.lru_cache(4)
+def crafter_textures(unit):
+    """The package's pictures, one set for all games, and the ground's: (13, unit, unit, 3)."""
+    from crafter import constants, engine
+    textures = engine.Textures(constants.root / "assets")
+    ground = [np.full((unit, unit, 3), 127, np.uint8)]  # outside of the island
+    ground += [textures.get(name, (unit, unit))[..., :3] for name in constants.materials]
+    return textures, np.stack(ground)
+
+
+@functools.lru_cache(200)
+def crafter_items(unit, inventory):
+    """The package's picture of the inventory, (9 * unit, 2 * unit, 3). Nobody may change it."""
+    from crafter import engine
+    return engine.ItemView(crafter_textures(unit)[0], (9, 2))(dict(inventory), (unit, unit))
+
+
+def crafter_env(name, **options):
+    kinds = {"instructions": CrafterInstructions, "undirected": CrafterUndirected}
+    if name not in kinds:
+        raise ValueError(f"unknown environment {'crafter:' + name!r}; "
+                         + nearest("crafter:" + name, [f"crafter:{kind}" for kind in kinds]))
+    need("crafter", "crafter==1.8.3", "crafter:" + name)
+    return kinds[name](**options)
+
+
+class CrafterUndirected(World):
+    """`crafter:undirected`: the game and its own reward, no instruction.
+
+    Rules        See crafter's paper. +1 for a step with an achievement that is new in the episode,
+                 and .1 per point of health won or lost.
+    Observation  texture: the 9 x 7 tiles on the screen row by row, as numbers of CrafterGame.TILES
+                 (by night too, when a person sees little);
+                 vector: facing x, y; the 16 entries of the inventory / 10, health, food, drink and
+                 energy first; (x - 30) / 60, (y - 30) / 60; daylight
+    Actions      nothing, left, right, up, down, do (collect, hit, eat, drink), sleep, place stone,
+                 table, furnace, plant, make wood, stone, iron pickaxe, wood, stone, iron sword
+    Ends         terminated by death, truncated after 2000 steps as in the paper
+    Options      obs=pixels: instead of the tiles an image, 64 x 64 x 3, the package's own, in which
+                 nights are dark and noisy; horizon=n (crafter's own is 10000)
+    Returns      random 1.37, at most 22
+    """
+
+    RANDOM = 1.37
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    action_space = spaces.Discrete(17)
+    keys = {".": 0, "a": 1, "d": 2, "w": 3, "s": 4, " ": 5, "z": 6, "r": 7, "t": 8, "f": 9, "p": 10,
+            "1": 11, "2": 12, "3": 13, "4": 14, "5": 15, "6": 16}
+
+    def __init__(self, **options):
+        self.name = "crafter:undirected"
+        check_options(self.name, options, ["horizon", "obs"])
+        self.pixels, self.horizon, written = crafter_options(self.name, options)
+        self.name = full_name(self.name, written)
+        self.observation_space = spaces.Dict(crafter_spaces(self.pixels))
+        self.references = {"random": self.RANDOM, "best": 22.0} if self.horizon >= 2000 else {}
+        self.game = CrafterGame()
+
+    def draw(self, rng):
+        self.game.reset(int(rng.integers(2**31 - 1)))
+
+    def act(self, action):
+        return self.game.step(int(action))[0], self.game.dead, {}
+
+    def observe(self):
+        return self.game.look(self.pixels)
+
+    def render(self):
+        return self.game.picture(360)
+
+
+def crafter_options(name, options):
+    """-> (pixels, horizon, the options as they are written in the canonical name)"""
+    obs = options.get("obs", "texture")
+    if obs not in ("texture", "pixels"):
+        raise ValueError(f"option 'obs' of {name!r} must be texture or pixels, not {obs!r}")
+    horizon = positive_int(name, "horizon", options.get("horizon", 2000))
+    written = {**options, "obs": obs, "horizon": horizon}
+    for key, default in (("obs", "texture"), ("horizon", 2000)):
+        if written[key] == default:
+            del written[key]
+    return obs == "pixels", horizon, written
+
+
+def crafter_spaces(pixels):
+    low, high = np.zeros((2, 21), np.float32)
+    low[:2], high[:2] = -1, 1            # facing
+    high[2:18] = 0.9                     # inventory
+    low[18:20], high[18:20] = -0.5, 0.55  # place
+    high[20] = 1                         # daylight
+    shown = ({"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)} if pixels else
+             {"texture": spaces.Box(0, len(CrafterGame.TILES) - 1, (63,), np.uint8)})
+    return {**shown, "vector": spaces.Box(low, high)}
+
+
+class CrafterInstructions(Instructed):
+    """`crafter:instructions`: do what an instruction says, step by step ([1] 5.2, App. C.5).
+
+    Rules        Every episode has a new island and a new instruction. +1 for each goal reached, in
+                 order. An achievement is reached when it is done, first time or not; travel when
+                 the agent is less than 2 cells from the place (a straight line, after any step);
+                 build when it places a stone there, with the same tolerance.
+    Observation  as in CrafterUndirected; and the instruction
+    Actions      as in CrafterUndirected
+    Ends         terminated by death and with the last goal, truncated after 2000 steps
+    Instruction  "collect wood", "defeat zombie", "eat cow", "make stone pickaxe", "place plant",
+                 "wake up" and so on, all 22 achievements of the game; "travel to (10, 50)" and
+                 "build at (30, 30)", the same as "place stone at (30, 30)", for all places with
+                 coordinates 0, 5 .. 60; x counts to the east and y to the south, the agent starts
+                 at (32, 32). Three words per goal, from 38.
+    Options      goals=n: 1 to n of them, n = 1..5 (5); obs and horizon as in CrafterUndirected
+    Returns      random .09 (1.7 % of all episodes succeed); best at most (n + 1) / 2 on average:
+                 7 % of the islands have no diamond, and nights are dangerous
+                 Successes in the paper: 62 %, from pixels 54 %
+
+    Drawn are: the number of goals uniformly, then each goal by SHARES, independently; for a journey
+    first a radius r of 1 to 44, with chances that fall linearly, then (nearly) the farthest place
+    within r of (32, 32). Waking up and building are never drawn; a person may type them, and
+    hindsight learns them, because steps report them.
+    """
+
+    RANDOM = 0.087
+    SHARES = {
+        "collect sapling": .06, "collect wood": .06, "collect stone": .054, "collect drink": .051,
+        "collect coal": .03, "collect iron": .03, "collect diamond": .015,
+        "defeat skeleton": .04, "defeat zombie": .06, "eat cow": .07, "eat plant": .03,
+        "make wood pickaxe": .045, "make wood sword": .045, "make stone pickaxe": .0225,
+        "make stone sword": .0225, "make iron pickaxe": .0075, "make iron sword": .0075,
+        "place furnace": .015, "place plant": .03, "place stone": .045, "place table": .06,
+        "travel": .20}
+    PLACES = [(x, y) for x in range(0, 61, 5) for y in range(0, 61, 5)]
+    max_achieved = 4  # awake, and with the same action a stone placed, at a place, at a place
+    action_space, keys = CrafterUndirected.action_space, CrafterUndirected.keys
+
+    def __init__(self, **options):
+        name = "crafter:instructions"
+        check_options(name, options, ["goals", "horizon", "instruction", "obs"])
+        goals = positive_int(name, "goals", options.get("goals", 5))
+        if goals > 5:
+            raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
+        self.pixels, self.horizon, written = crafter_options(name, options)
+        if goals == 5:
+            written.pop("goals", None)
+        self.texts = {numbers: text for text, numbers in CRAFTER_GOALS.items()}
+        self.set_up(name, written, goals, 3, len(CRAFTER_WORDS), **crafter_spaces(self.pixels))
+        self.references = {"best": (1 + goals) / 2}
+        if self.fixed is not None:
+            self.references = {"best": float(len(goal_list(self.fixed)))}
+        elif (goals, self.horizon) == (5, 2000):
+            self.references["random"] = self.RANDOM
+        self.game = CrafterGame()
+
+    def begin_world(self, rng, goals):
+        self.game.reset(int(rng.integers(2**31 - 1)))
+        if goals is None:
+            goals = [self.draw_goal(rng) for _ in range(rng.integers(1, self.max_goals + 1))]
+        return goals
+
+    def draw_goal(self, rng):
+        text = rng.choice(list(self.SHARES), p=list(self.SHARES.values()))
+        if text == "travel":
+            radius = rng.choice(np.arange(1, 45), p=np.arange(44, 0, -1) / 990)
+            distance = np.hypot(*(np.array(self.PLACES) - 32).T)
+            order = distance + rng.random(len(distance))
+            within = distance <= radius
+            # no place is nearer than 2.8
+            i = np.argmax(np.where(within, order, 0)) if within.any() else np.argmin(order)
+            text = "travel to ({}, {})".format(*self.PLACES[i])
+        return CRAFTER_GOALS[text]
+
+    def move(self, action):
+        game = self.game
+        _, earned = game.step(int(action))
+        goals = [CRAFTER_GOALS[name.replace("_", " ")] for name in earned]
+        x, y = game.player.pos.tolist()
+        if "place_stone" in earned:
+            across, down = game.player.facing
+            goals += self.at_place("build at", x + across, y + down)
+        return goals + self.at_place("travel to", x, y), game.dead
+
+    @staticmethod
+    def at_place(verb, x, y):
+        """The goal of the place less than 2 cells away, as a list of one or none."""
+        across, down = min(5 * round(x / 5), 60), min(5 * round(y / 5), 60)
+        if (x - across) ** 2 + (y - down) ** 2 >= 4:
+            return []
+        return [CRAFTER_GOALS[f"{verb} ({across}, {down})"]]
+
+    def look(self):
+        return self.game.look(self.pixels)
+
+    def parse_goal(self, text):
+        text = text.lower()
+        place = re.fullmatch(r"(travel to|build at|place stone at) "
+                             r"\( ?(-?[0-9]{1,4}) ?, ?(-?[0-9]{1,4}) ?\)", text)
+        if place:
+            verb, x, y = place[1].replace("place stone", "build"), int(place[2]), int(place[3])
+            text = f"{verb} ({x}, {y})"
+            if not (0 <= x < 64 and 0 <= y < 64):
+                raise ValueError(f"({x}, {y}) is outside of the map, whose coordinates are 0 to 63")
+            if text not in CRAFTER_GOALS:
+                near = [min(5 * round(v / 5), 60) for v in (x, y)]
+                raise ValueError(f"places have coordinates 0, 5, 10 .. 60; nearest to ({x}, {y}): "
+                                 f"{verb} ({near[0]}, {near[1]})")
+        if text not in CRAFTER_GOALS:
+            known = [goal for goal in CRAFTER_GOALS if "(" not in goal or "(30, 30)" in goal]
+            raise ValueError(f"unknown goal {shorten(text)}; {nearest(text[:60], known)}")
+        return CRAFTER_GOALS[text]
+
+    def format_goal(self, goal):
+        if tuple(goal) not in self.texts:
+            raise ValueError(f"no goal of {self.name} has the numbers {tuple(goal)}")
+        return self.texts[tuple(goal)]
+
+    def render(self):
+        """The package's picture above the goals: done ones ticked, the next one bright."""
+        from PIL import Image, ImageDraw, ImageFont
+        picture = Image.new("RGB", (360, 368 + 24 * self.max_goals))
+        picture.paste(Image.fromarray(self.game.picture(360)))
+        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(18)
+        for i, goal in enumerate(goal_list(self.instruction)):
+            top, color = 364 + 24 * i, (255, 255, 255) if i == self.progress else (140, 140, 140)
+            if i < self.progress:
+                color = (90, 210, 90)
+                pen.line([(10, top + 12), (15, top + 18), (25, top + 5)], color, 3)
+            elif i == self.progress:
+                pen.polygon([(12, top + 5), (12, top + 19), (22, top + 12)], color)
+            pen.text((36, top), self.format_goal(goal), color, font)
+        return np.array(picture)
+
+
+CRAFTER_WORDS = ("", "collect", "defeat", "eat", "make", "place", "travel", "build", "wake", "up",
+                 "coal", "diamond", "drink", "iron", "sapling", "stone", "wood", "skeleton",
+                 "zombie", "cow", "plant", "pickaxe", "sword", "furnace", "table",
+                 *map(str, range(0, 61, 5)))
+
+
+def crafter_goals():
+    """{text: three numbers of CRAFTER_WORDS} of all 360 goals."""
+    texts = [text for text in CrafterInstructions.SHARES if text != "travel"] + ["wake up"]
+    texts += [f"{verb} ({x}, {y})" for verb in ("travel to", "build at")
+              for x, y in CrafterInstructions.PLACES]
+    goals = {}
+    for text in texts:
+        words = re.sub(" to| at|[(,)]", "", text).split()
+        goals[text] = tuple(CRAFTER_WORDS.index(word) for word in [*words, "", ""][:3])
+    return goals
+
+
+CRAFTER_GOALS = crafter_goals()
+
+
+# ---- 12. Many environments side by side ------------------------------------------------------
 
 
 class BrokenEnvironment(RuntimeError):
     """An environment broke its own contract; the message names environment, step and key."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message describes the batch."""
+
+
+def describe_batch(batch, loss, norm, updates):
+    """One line on the batch that broke the loss: the ranges of its arrays."""
+    arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
+    ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
+              for name, x in arrays.items() if name != "obs")
+    return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
+            " batch: " + ", ".join(ranges))
 
 
 class Shard:
@@ -558,12 +2063,13 @@ class Shard:
         self.name, self.first = name, first
         self.envs = [make_env(name, seed=seed) for seed in seeds]
         self.time = [0] * len(self.envs)
+        self.actions = [[] for _ in self.envs]            # since the episode began
 
     def begin(self, i, options=None):
         """Reset environment i -> (first observation, env.episode)"""
         self.now = i
         observation, _ = self.envs[i].reset(options=options)
-        self.time[i] = 0
+        self.time[i], self.actions[i] = 0, []
         self.check(i, observation)
         return observation, self.envs[i].episode
 
@@ -578,6 +2084,7 @@ class Shard:
             self.now = i
             observation, reward, terminated, truncated, info = env.step(action)
             self.time[i] += 1
+            self.actions[i].append(action)
             self.check(i, observation)
             if not np.isfinite(reward):
                 raise self.broken(i, f"the reward is {reward}")
@@ -589,17 +2096,23 @@ class Shard:
         return results
 
     def state(self, _=None):
-        """-> per environment (episode, state of the generator that draws the next episodes)"""
-        return [(env.episode, env.np_random.bit_generator.state) for env in self.envs]
+        """-> per environment, as plain data: its episode, the actions since it began, and the state
+        of the generator that draws the next episodes"""
+        return [(env.episode, np.array(actions).tolist(), env.np_random.bit_generator.state)
+                for env, actions in zip(self.envs, self.actions)]
 
     def restore(self, states):
-        """states: per environment what `state` gave, and the actions since the episode began."""
-        for i, (episode, generator, actions) in enumerate(states):
+        """The inverse: begin each episode again, and take the same actions."""
+        for i, (episode, actions, generator) in enumerate(states):
+            env = self.envs[i]
             self.begin(i, {"episode": episode})
             for action in actions:
-                self.envs[i].step(action)
+                if not isinstance(env.action_space, spaces.Discrete):
+                    action = np.array(action, env.action_space.dtype)
+                env.step(action)
+                self.actions[i].append(action)
             self.time[i] = len(actions)
-            self.envs[i].np_random.bit_generator.state = generator
+            env.np_random.bit_generator.state = generator
 
     def check(self, i, observation):
         space = self.envs[i].observation_space
@@ -700,7 +2213,22 @@ def serve(pipe, *arguments):
                 pipe.send(problem)
 
 
-# ---- 8. What an agent must know of an environment --------------------------------------------
+# ---- 13. What an agent must know of an environment --------------------------------------------
+
+
+def each(function, x, *more):
+    """To every leaf: each(len, {"a": "x", "b": {"c": ""}}) -> {"a": 1, "b": {"c": 0}}"""
+    if not isinstance(x, dict):
+        return function(x, *more)
+    return {k: each(function, v, *(other[k] for other in more)) for k, v in x.items()}
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory instead of handing it back to the kernel, which would have to
+    zero every page again: 7 % of a small update on a CPU, 40 % of one with continuous actions."""
+    with contextlib.suppress(OSError, AttributeError):       # another C library: nothing to set
+        ctypes.CDLL(None).mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -708,7 +2236,9 @@ class Spec:
     """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
     vector: int = 0             # length of the observation vector, 0 if there is none
     image: tuple = ()           # (height, width, channels) of the picture, () if there is none
+    texture: tuple = ()         # (cells of a map, ids), () if there is none
     instruction: tuple = ()     # (K, words per slot, vocabulary), () if there is none
+    achieved: tuple = ()        # (M, W): at most M goals of W words are reached by one step
     discrete: bool = True
     actions: int = 1            # A: number of actions, or dimensions of a continuous one
     nvec: tuple = ()            # a MultiDiscrete action's factors; A is their product
@@ -723,8 +2253,10 @@ class Spec:
         parts = {name: box.shape for name, box in space.items()}
         if "vector" in parts:
             parts["vector"], = parts["vector"]
-        if "instruction" in parts:
-            parts["instruction"] += (int(space["instruction"].high.max()) + 1,)
+        for name in {"texture", "instruction"} & set(parts):
+            parts[name] += (int(space[name].high.max()) + 1,)
+        if hasattr(env, "max_achieved"):
+            parts["achieved"] = (env.max_achieved, parts["instruction"][1] - 1)
         action = env.action_space
         if isinstance(action, gymnasium.spaces.Discrete):
             parts.update(actions=int(action.n))
@@ -735,6 +2267,20 @@ class Spec:
             parts.update(discrete=False, actions=action.shape[0])
         return Spec(horizon=int(env.horizon), **parts)
 
+    def token_arrays(self, *shape):
+        """Zeroed arrays for `shape` tokens. action, reward and done lie with the token that they
+        led to, as the encoder reads them: action[t] here is action[t - 1] of a Trajectory."""
+        obs = dict(vector=((self.vector,), np.float32), image=(self.image, np.uint8),
+                   texture=(self.texture[:1], np.uint8),
+                   instruction=(self.instruction[:2], np.int32))
+        action = ((), np.int64) if self.discrete else ((self.actions,), np.float32)
+        layout = dict(obs={name: obs[name] for name in obs if getattr(self, name)}, action=action,
+                      reward=((), np.float32), done=((), bool), reset=((), bool))
+        if self.achieved:
+            layout["achieved"] = (self.achieved, np.int32)
+        # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
+        return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
+
     def to_env(self, action):
         """The agent's actions (N,) or (N, A) as a list of what each environment's step takes."""
         if not self.discrete:
@@ -744,7 +2290,7 @@ class Spec:
         return action.tolist()
 
 
-# ---- 9. What a run leaves behind: log.csv, curve.png, eval.json, config.json -----------------
+# ---- 14. What a run leaves behind: log.csv, curve.png, eval.json, config.json -----------------
 
 # Column of log.csv -> (title, width, format in the console's table, meaning).
 COLUMNS = {
@@ -769,10 +2315,11 @@ COLUMNS = {
 class Log:
     """The files of one run, and the table on the console. Nothing is written before it is made."""
 
-    def __init__(self, config, env, agent, goal, writes=True):
-        """agent: a line on it for the console; goal: the return that ends the run; writes: False
-        in all but the first of several processes."""
+    def __init__(self, config, env, agent, writes=True):
+        """agent: a line on it for the console; writes: False in all but the first of several
+        processes."""
         self.config, self.env, self.writes = config, env, writes
+        self.goal = stopping_return(config, env)
         self.rows, self.next_eval = [], 0
         self.returns, self.sums, self.count = [], {}, 0       # since the last row
         self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
@@ -780,7 +2327,7 @@ class Log:
         self.folder = (Path(config.resume or config.out) if config.resume or not writes
                        else output_folder(config))
         known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
-        until = f"return {goal:g} or " if goal < math.inf else ""
+        until = f"return {self.goal:g} or " if self.goal < math.inf else ""
         self.header = (
             f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
             f"{agent}; until {until}{config.env_steps:,} env steps\n\n"
@@ -814,6 +2361,9 @@ class Log:
             save(end)
             if self.rows and self.writes:
                 self.finish()
+
+    def reached_goal(self):
+        return bool(self.rows) and self.rows[-1]["return_mean"] >= self.goal
 
     def progress(self, env_steps):
         self.bar.update(env_steps - self.bar.n)
@@ -893,6 +2443,24 @@ class Log:
         vars(self).update(state)
 
 
+def stopping_return(config, env):
+    """The mean return at which training stops; inf if it goes on until --env-steps."""
+    if config.target_return == "auto" and env.max_return is not None:
+        return env.max_return - 0.01 * abs(env.max_return)
+    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
+
+
+def summary(trajectories):
+    """-> dict(return_mean, return_std, success, episodes, inner_returns), see evaluate."""
+    returns = [float(trajectory.reward.sum()) for trajectory in trajectories]
+    inner = itertools.zip_longest(
+        *([part.sum() for part in np.split(x.reward, 1 + np.flatnonzero(x.reset[1:-1]))]
+          for x in trajectories), fillvalue=math.nan)
+    return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
+                success=float(np.mean([trajectory.success for trajectory in trajectories])),
+                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+
+
 def output_folder(config):
     """--out, or the first free one of runs/<env>-<seed>, runs/<env>-<seed>-2, ...
 
@@ -956,10 +2524,91 @@ def report_disk_trouble():
         tqdm.write(f"not written: {problem}; training goes on, the last checkpoint is intact")
 
 
-# ---- 10. The list ---------------------------------------------------------------------------
+# ---- 15. A command line from a dataclass ------------------------------------------------------
+
+
+def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
+    """A Config field: its default, its help text, what it may be (choices, or low..high), and
+    whether it is free to change when a run is resumed."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
+                                                            high=high, free=free))
+
+
+def check_options_of(config):
+    """UsageError if a field of the dataclass `config` breaks the rule that `option` gave it."""
+    for field in dataclasses.fields(config):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
+        rule = field.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
+                             + nearest(value, rule["choices"]))
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
+                continue
+            limit = rule["high"] if x > rule["low"] else rule["low"]
+            raise UsageError(f"{flag} {x} is out of range {rule['low']:g} .. {rule['high']:g}"
+                             + ("" if math.isinf(limit) else f"; the nearest limit is {limit}"))
+
+
+def changed_options(config, given):
+    """A copy of `config` with the fields in `given`, {name: value}. UsageError for one that is not
+    free to change when a run is resumed."""
+    free = [field.name for field in dataclasses.fields(config) if field.metadata["free"]]
+    for name, value in given.items():
+        if name not in (*free, "resume") and value != getattr(config, name):
+            flags = ", ".join("--" + x.replace("_", "-") for x in free)
+            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
+                             f" {getattr(config, name)!r}); these may: {flags}")
+    return dataclasses.replace(config, **given)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, with the nearest valid flag."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown:
+            flags = self._option_string_actions
+            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
+        raise UsageError(message)
+
+
+def read_command_line(kind, program, argv=None):
+    """One flag per field of the dataclass `kind` -> {field: value}, and only those written down."""
+    parser = Parser(prog=program, allow_abbrev=False,
+                    description="AMAGO: in-context reinforcement learning in one file.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(kind):
+        value, rule = field.default, field.metadata
+        of = type(value[0] if isinstance(value, tuple) else value)
+        how = dict(type=of, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(of))
+        if isinstance(value, tuple):
+            how.update(nargs="+")
+        elif of is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif rule["choices"]:
+            how.update(metavar="|".join(rule["choices"]))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
+                            **how)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    values = vars(parser.parse_args(argv))
+    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
+    return values, {name: value for name, value in values.items() if name in words}
+
+
+# ---- 16. The list --------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
-SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env}
+SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,
+          "tmaze": TMaze, "wind": Wind, "cheetah": cheetah_env, "metaworld": metaworld_env,
+          "maze": Maze, "delivery": Delivery, "crafter": crafter_env}
+
+
+NEEDS = {  # what an agent needs there that plain RL lacks
+    "popgym": "memory", "gym": "", "meta": "adaptation", "darkkey": "memory, adaptation",
+    "tmaze": "memory", "wind": "adaptation", "cheetah": "adaptation", "metaworld": "adaptation",
+    "maze": "memory, instructions", "delivery": "memory, adaptation, instructions",
+    "crafter": "memory, instructions"}
 
 
 def list_envs():
@@ -968,6 +2617,21 @@ def list_envs():
         yield name, POPGYM[split_difficulty(name.removeprefix("popgym:"))[0]][-1]
     yield "gym:CartPole-v1", "any gymnasium id; ?horizon=n and the environment's own options"
     yield "meta:gym:CartPole-v1?episodes=2", "k episodes of one task in one rollout, any name"
+    yield "darkkey:9x9", "find a hidden key, then a hidden door, again and again; any size"
+    yield "darkkey:8x8?fixed_start=true", "the same, always from the corner"
+    yield "tmaze:100", "at the end of a corridor, turn as the first observation said; any length"
+    yield "wind:", "hold a place against an unknown wind"
+    if importlib.util.find_spec("mujoco"):
+        yield "cheetah:vel", "run at a hidden speed, 3 episodes of 200 steps"
+    if importlib.util.find_spec("metaworld"):
+        yield "metaworld:reach?episodes=2", "a robot arm and a hidden goal, any of ML1's 50 tasks"
+        yield "metaworld:ML45?episodes=2", "45 classes of such tasks"
+    for size in ("7x7", "15x15", "31x31"):
+        yield f"maze:{size}", "visit cells of a new maze in order; ?goals=5&rewired=1&position=0"
+    yield "delivery:30", "deliver packages along a road of forks, in order; any length"
+    if importlib.util.find_spec("crafter"):
+        yield "crafter:instructions", "follow an instruction on an island; ?goals=3&obs=pixels"
+        yield "crafter:undirected", "survive there and do as many different things as possible"
 
 
 def describe(name):
@@ -976,28 +2640,135 @@ def describe(name):
     known = {key: f"{value:.3f}" for key, value in env.references.items()}
     return {"name": env.name, "observation": space_text(env.observation_space),
             "action": space_text(env.action_space), "horizon": str(env.horizon),
-            **{key: known.get(key, "-") for key in ("random", "best", "paper")}}
+            **{key: known.get(key, "-") for key in ("random", "best", "paper")},
+            "needs": NEEDS[env.name.partition(":")[0]] or "-"}
 
 
 def space_text(space):
     if isinstance(space, spaces.Dict):
-        return " + ".join(map(space_text, space.values()))
+        return " + ".join(f"{key} " + "x".join(map(str, part.shape))
+                          if key in ("instruction", "texture") else space_text(part)
+                          for key, part in space.items())
     if isinstance(space, spaces.Box):
         return ("image " if is_image(space) else "vector ") + "x".join(map(str, space.shape))
     sizes = [space.n] if isinstance(space, spaces.Discrete) else space.nvec
     return "one of " + "x".join(map(str, sizes))
 
 
+def steps_per_second(name, seconds=0.3):
+    """Of random actions in this process, resets included."""
+    env = make_env(name, seed=0)
+    actions = itertools.cycle([env.action_space.sample() for _ in range(1000)])
+    env.reset()
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for action in itertools.islice(actions, 100):
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+        steps += 100
+    return steps / (time.perf_counter() - start)
+
+
+def play(env, seed=None):
+    """A person acts with the keyboard, or a pipe does: `echo wwd | python envs.py NAME --play`."""
+    keys = getattr(env, "keys", {})
+    if not keys and isinstance(env.action_space, spaces.Discrete) and env.action_space.n <= 10:
+        keys = {str(action): action for action in range(env.action_space.n)}
+    if not keys:
+        raise ValueError(f"{env.name} has no keys to play it with: its actions are "
+                         f"{space_text(env.action_space)}")
+    names = " ".join("space" if key == " " else key for key in keys)
+    observation, _ = env.reset(seed=seed)
+    show_to_person(env, observation, f"keys: {names} (or arrows); q quits")
+    total = steps = 0
+    while typed := read_keys():
+        for key in typed:
+            if key == "q":
+                return
+            if key not in keys:
+                continue
+            observation, reward, terminated, truncated, info = env.step(keys[key])
+            total, steps = total + reward, steps + 1
+            show_to_person(env, observation, f"step {steps} of at most {env.horizon}: "
+                           f"key {key!r}, reward {reward:g}, return {total:g}")
+            if terminated or truncated:
+                won = f", success {info['success']:g}" if "success" in info else ""
+                print(f"the end: return {total:g}{won}")
+                return
+
+
+def show_to_person(env, observation, message):
+    if sys.stdout.isatty():
+        print("\x1b[2J\x1b[H", end="")  # clear the screen
+    if env.render_mode == "rgb_array":
+        columns, lines = shutil.get_terminal_size()
+        print(half_blocks(env.render(), columns, 2 * (lines - 4)))
+    else:
+        print(observation)
+    if hasattr(env, "checklist"):
+        print(env.checklist())
+    print(message, flush=True)
+
+
+def half_blocks(picture, width, height):
+    """A picture for a terminal: each character shows two pixels, one above the other."""
+    scale = min(width / picture.shape[1], height / picture.shape[0], 1.0)
+    for axis in (0, 1):  # mean colours of the pixels that fall together
+        size = max(2, int(picture.shape[axis] * scale)) // 2 * 2
+        edges = np.arange(size) * picture.shape[axis] // size
+        counts = np.diff([*edges, picture.shape[axis]])
+        picture = np.add.reduceat(picture, edges, axis=axis, dtype=np.float64)
+        picture /= counts.reshape((-1, 1, 1) if axis == 0 else (-1, 1))
+    upper, lower = picture[::2].astype(int).tolist(), picture[1::2].astype(int).tolist()
+    return "\n".join("".join(
+        "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*above, *below)
+        for above, below in zip(*rows)) + "\x1b[0m" for rows in zip(upper, lower))
+
+
+def read_keys():
+    """What was typed since the last call, arrows as w, a, s, d; '' at the end of a pipe."""
+    if not sys.stdin.isatty():
+        return sys.stdin.read()
+    import termios  # terminals of Linux and macOS
+    import tty
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)  # keys arrive without Enter
+        typed = os.read(sys.stdin.fileno(), 100).decode(errors="ignore")
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+    for code, letter in zip("ABCD", "wsda"):
+        typed = typed.replace(f"\x1b[{code}", letter)
+    return typed
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
-    name = parser.parse_args(arguments).name
+    parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
+    parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
+    parser.add_argument("--seed", type=int, help="of the episode to play")
+    parser.add_argument("--speed", action="store_true", help="add steps per second on this machine")
+    options = parser.parse_args(arguments)
+    given = {} if options.instruction is None else {"instruction": options.instruction}
     try:
-        rows = [describe(each) for each in ([name] if name else dict(list_envs()))]
+        if not options.name and (options.play or given):
+            raise ValueError("--play and --instruction need the name of an environment")
+        if options.play:
+            play(make_env(options.name, **given), options.seed)
+            return 0
+        rows = [describe(make_env(options.name, **given).name)] if options.name else [
+            describe(name) for name in dict(list_envs())]
     except (ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    if name:
+    except KeyboardInterrupt:
+        return 130
+    if options.speed:
+        for row in rows:
+            row["steps/s"] = f"{steps_per_second(row['name']):,.0f}"
+    if options.name:
         about = dict(list_envs()).get(rows[0]["name"])
         for key, text in {**rows[0], **({"about": about} if about else {})}.items():
             print(f"{key:13}{text}")
@@ -1005,7 +2776,7 @@ def main(arguments=None):
     rows.insert(0, {column: column for column in rows[0]})
     widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
     for row in rows:  # words to the left, numbers to the right
-        words = ("name", "observation", "action")
+        words = ("name", "observation", "action", "needs")
         print(*(text.ljust(widths[column]) if column in words else text.rjust(widths[column])
                 for column, text in row.items()), sep="  ")
     return 0
