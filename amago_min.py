@@ -1405,7 +1405,7 @@ def save_run(folder, run, final=False, end=None):
         state = dict(version=VERSION, config=dataclasses.asdict(learner.config),
                      spec=dataclasses.asdict(learner.agent.spec), learner=learner.state(),
                      env_steps=run["collector"].env_steps, log=run["log"].state(),
-                     processes=processes)
+                     processes=dict(enumerate(processes)))
         with contextlib.nullcontext() if final else report_disk_trouble():
             save_checkpoint(folder / "checkpoint.pt", state)
 

@@ -273,7 +273,7 @@ def test_kill_in_the_middle_of_a_write(owner, name, action):
     assert exit_code(fork_main(argv, lambda: call_at(owner, name, 50, action))) == -9
     assert {path.name for path in pathlib.Path("run").glob("checkpoint*")} == {
         "checkpoint.pt", "checkpoint.pt.tmp"}
-    assert am.load_checkpoint("run")[-1]["env_steps"] == 3 * 49        # that of the call before
+    assert am.load_checkpoint("run")[-1]["env_steps"] == 3 * 48        # the first was at step 0
     assert am.main(resume("run", 300, "--checkpoint-minutes", "10")) == 0
     assert_like_straight("run")
 
@@ -591,9 +591,12 @@ def test_two_processes_are_one_run(tmp_path):
         def rank(number):
             learners = []
             save = am.save_run
-            am.save_run = lambda folder, run, **more: (learners.append(run["learner"]),
-                                                       save(folder, run, **more))
-            code = am.main([*argv])
+            am.save_run = lambda folder, run, *more: (learners.append(run["learner"]),
+                                                       save(folder, run, *more))
+            if number == 1:                               # the other is far ahead, and writes
+                call_at(am.environments.Log, "__init__", 1, lambda log, *arguments, made=(
+                    am.environments.Log.__init__): (time.sleep(1), made(log, *arguments))[1])
+            code = am.main([*map(str, argv)])
             torch.save(learners[-1].state(), tmp_path / f"{folder}-{number}.pt")
             return code
         codes = ranks(rank)
@@ -601,14 +604,14 @@ def test_two_processes_are_one_run(tmp_path):
         return [torch.load(f"{folder}-{i}.pt") for i in (0, 1)]
     first, second = main(train(POLE, 300, "--out", "straight"), "straight")
     assert first["updates"] > 10 and different(first, second) == []
-    main(train(POLE, 120, "--out", "run"), "half")
-    first, second = main(resume("run", 300), "run")
+    main(train(POLE, 120, "--out", tmp_path / "run"), "half")
+    first, second = main(resume(tmp_path / "run", 300), "run")
     assert different(first, second) == []
     assert os.listdir("rank1") == [] and pathlib.Path("rank1.out").read_text() == ""
-    assert set(os.listdir("rank0/run")) == set(os.listdir("rank0/straight")) == {
+    assert set(os.listdir("run")) == set(os.listdir("rank0/straight")) == {
         "config.json", "log.csv", "eval.json", "curve.png", "checkpoint.pt"}
-    assert numbers("rank0/run") == numbers("rank0/straight")
-    straight, run = saved("rank0/straight"), saved("rank0/run")
+    assert numbers("run") == numbers("rank0/straight")
+    straight, run = saved("rank0/straight"), saved("run")
     assert different(essence(run), essence(straight)) == []
     a, b = run["processes"]
     assert not torch.equal(a["buffer"]["tokens"]["obs"]["vector"],
@@ -736,9 +739,17 @@ def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
 def test_a_worker_that_was_killed_once(monkeypatch, capfd):
     """Catches a run that a dead worker, out of memory perhaps, has spoiled for good."""
     forked_workers(monkeypatch)
-    pid = fork_main(train(POLE, 300, "--out", "run", "--workers", "2", *SAVE_ALWAYS), lambda: (
-        call_at(am.Learner, "update", 6, lambda *_: os.kill(
-            am.environments.multiprocessing.active_children()[0].pid, signal.SIGKILL) or {})))
-    assert exit_code(pid) == 1
-    assert "worker" in one_line(pathlib.Path("fork.err").read_text())
-    assert am.main(resume("run", 300, "--workers", "0", "--checkpoint-minutes", "10")) == 0
+    receive = am.environments.ParallelEnvs.receive
+
+    def killed(envs):
+        os.kill(envs.processes[0].pid, signal.SIGKILL)
+        return receive(envs)
+    with monkeypatch.context() as patch:
+        patch.setattr(am.environments.ParallelEnvs, "receive", receive)
+        call_at(am.environments.ParallelEnvs, "receive", 30, killed)
+        assert am.main(train(POLE, 300, "--out", "run", "--workers", "2")) == 1
+    assert "worker" in one_line(capfd.readouterr().err)
+    state = saved("run")
+    assert 60 < state["env_steps"] < 90 and state["learner"]["updates"] > 3
+    assert am.main(resume("run", 300, "--workers", "0")) == 0
+    assert len(numbers("run")) == 6
