@@ -1397,7 +1397,7 @@ def save_run(folder, run, final=False):
                rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
     if torch.cuda.is_available():
         own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
-    processes = gather_on_rank_0(own)
+    processes = dict(enumerate(gather_on_rank_0(own)))
     run["log"].saved_at = time.monotonic()
     if process_rank() == 0:
         state = dict(version=VERSION, config=dataclasses.asdict(learner.config),
