@@ -287,12 +287,12 @@ def test_what_is_seen_by_hand():
 def test_how_many_goals_are_added():
     """Catches a number of goals that is not uniform in 0..k-n, or one too few; `all` that adds
     fewer than it could; and more goals than there are steps."""
-    def added(scheme, asked="ZAYXW", reached="ABCDEF", draws=4000):
+    def added(scheme, asked="ZAYXW", reached="ABCDEF", draws=1500):
         old, rng = letters(asked, list(reached)), np.random.default_rng(1)
         return np.bincount([sum(x not in asked for x in text(relabel(
             envs.Instructed, old, rng, scheme))) for _ in range(draws)], minlength=6)
     counts = added("some")                             # k = 5, n = 0: A is met, but Z is first
-    assert counts[:5].sum() + counts[5] == 4000 and (counts > 0).all()
+    assert counts[:5].sum() + counts[5] == 1500 and (counts > 0).all()
     counts = added("some", asked="AZYXW")              # n = 1: A is met
     assert far_from(counts[:5], [1] * 5) < 4 and counts[5] == 0
     assert added("all", asked="AZYXW", draws=50)[4] == 50
@@ -358,7 +358,7 @@ def test_weights_by_formula():
     assert far_from(np.bincount(tables), [1, 1]) < 4
     rarity.total, rarity.weights = [10 ** 20, 10 ** 20], []
     rarity.choose(reached, np.arange(4), 1, rng)       # (log10 1e-23)^4 = 279841
-    assert max(rarity.weights[0]) == 1e5
+    assert rarity.weights[0] == [1e5, 2e5, 1e5, 1e5]
 
 
 @settings(max_examples=200, deadline=None, database=None, derandomize=True)
@@ -447,7 +447,7 @@ def test_batches_are_relabeled_rollouts(context):
     assert batch["mask"].sum(1).tolist() == lengths and buffer.replayed == sum(lengths)
     assert batch["mask"].shape[1] == max(lengths)
     for b, new in enumerate(made):
-        source = next(old for old in walks if len(old) == len(drawn[b]))
+        source = next(old for old in walks if np.array_equal(old.action, drawn[b].action))
         for name in ("action", "reward", "done", "reset", "achieved"):
             np.testing.assert_array_equal(getattr(drawn[b], name), getattr(source, name))
         length, tokens, start = lengths[b], new.tokens(), int(batch["tokens"]["time"][b, 0])
