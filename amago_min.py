@@ -33,7 +33,6 @@ References
     [8] Morad et al. POPGym: Benchmarking Partially Observable RL. ICLR 2023.
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -56,8 +55,8 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals, nearest,
-                  report_disk_trouble)
+from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals,
+                  check_options_of, option, read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
 
@@ -77,13 +76,6 @@ POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
-
-
-def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
-    """A Config field: its default, its help text, what it may be (choices, or low..high), and
-    whether it is free to change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
-                                                            high=high, free=free))
 
 
 @dataclasses.dataclass
@@ -148,17 +140,7 @@ class Config:
                                        " the agent sees the clock ([1], finite horizon)")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
-            rule = field.metadata
-            if rule["choices"] and value not in rule["choices"]:
-                raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
-                                 + nearest(value, rule["choices"]))
-            for x in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
-                    continue
-                limit = rule["high"] if x > rule["low"] else rule["low"]
-                raise UsageError(f"{flag} {x} is out of range; the nearest limit is {limit}")
+        check_options_of(self)
         self.lr = self.lr or SIZES[self.size]["lr"]
         if not self.gammas:
             raise UsageError("--gammas needs at least one number; the last one acts")
@@ -179,14 +161,6 @@ class Config:
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
             raise UsageError(f"--device {name!r} is not here; there is {there}") from None
-
-    def autocast(self):
-        """Whether matrix products run in bfloat16: --amp auto says where that is measurably faster,
-        on a GPU, and on a CPU that has such instructions if the agent is not tiny."""
-        device, wide = self.torch_device().type, SIZES[self.size]["width"] >= 128
-        fast = (torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and wide
-                and torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return fast if self.amp == "auto" else self.amp == "on"
 
 
 def keep_freed_memory():
@@ -548,7 +522,7 @@ class Actor(nn.Module):
 
     def forward(self, s):
         # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
-        out = self.mlp(s.flatten(0, -2))
+        out = self.mlp(s.flatten(0, -2)).float()
         out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
         if self.discrete:
             return distributions.Categorical(logits=out, validate_args=False)
@@ -603,7 +577,8 @@ class Critics(nn.Module):
         # In place on h itself: on a view of it, autograd would copy the whole tensor.
         h = F.leaky_relu(h, inplace=True).view(C, -1, h.shape[-1])       # (C, N or N G, hidden)
         h = F.leaky_relu(torch.baddbmm(biases[1], h, weights[1]), inplace=True)
-        q = torch.baddbmm(biases[2], h, weights[2])                      # (C, rows, outputs)
+        with torch.autocast(s.device.type, enabled=False):               # values in float32
+            q = torch.baddbmm(biases[2], h.float(), weights[2])          # (C, rows, outputs)
         if self.discrete:
             return q.view((C,) + batch + (G, -1)).movedim(0, -3)         # (..., C, G, A)
         if action.dim() == s.dim():
@@ -753,7 +728,7 @@ class Agent(nn.Module):
         super().__init__()
         dims, critics, G = SIZES[config.size], config.critics, len(config.gammas)
         width, hidden = dims["width"], dims["hidden"]
-        self.spec, self.autocast = spec, config.autocast()
+        self.spec = spec
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
         self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
@@ -767,7 +742,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_targets(self, tau):
         """target <- (1 - tau) target + tau online, for the heads only."""
-        for target, online in ((self.target_actor, self.actor), (self.target_critics, self.critics)):
+        for target, online in ((self.target_actor, self.actor),
+                               (self.target_critics, self.critics)):
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
     @torch.no_grad()
@@ -791,9 +767,7 @@ class Agent(nn.Module):
         return self.actor(s).sample()[:, -1]
 
     def forward(self, batch, pair=None):
-        """`loss`, in bfloat16 where that is faster; what needs float32 asks for it."""
-        with torch.autocast(self.gammas.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.loss(batch, pair)
+        return self.loss(batch, pair)    # DistributedDataParallel and torch.compile wrap calls
 
     def loss(self, batch, pair=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
@@ -936,7 +910,7 @@ def token_arrays(spec, *shape):
     action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
     layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
                   reward=((), np.float32), done=((), bool), reset=((), bool))
-    if spec.instruction:
+    if spec.achieved:
         layout["achieved"] = (spec.achieved, np.int32)
     # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
     return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
@@ -949,10 +923,12 @@ class ReplayBuffer:
     one slice per rollout and array, with no Python loop over time steps.
 
     relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
+    rarity: a GoalRarity, which counts the goals of every rollout that comes in.
     """
 
-    def __init__(self, spec, capacity, rng, relabel=None):
-        self.spec, self.capacity, self.rng, self.relabel = spec, capacity, rng, relabel
+    def __init__(self, spec, capacity, rng, relabel=None, rarity=None):
+        self.spec, self.capacity, self.rng = spec, capacity, rng
+        self.relabel, self.rarity = relabel, rarity
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
@@ -984,6 +960,8 @@ class ReplayBuffer:
         self._evict(self.write, self.write + size)
         here = slice(self.write, self.write + size)
         each(lambda store, x: np.copyto(store[here], x), self.tokens, trajectory.tokens())
+        if self.rarity:
+            self.rarity.update(trajectory.achieved)
         slot = (self.first + self.count) % len(self.starts)
         self.starts[slot], self.lengths[slot] = self.write, size - 1
         self.count += 1
@@ -1029,13 +1007,16 @@ class ReplayBuffer:
         starts, lengths = self.starts[order], self.lengths[order]
         used = max(starts + lengths + 1, default=0)
         return dict(tokens=each(lambda x: x[:used], self.tokens), starts=starts, lengths=lengths,
-                    write=self.write, replayed=self.replayed)
+                    write=self.write, replayed=self.replayed,
+                    rarity=json.dumps(self.rarity and self.rarity.state()))
 
     def restore(self, state):
         self.first, self.count = 0, len(state["starts"])
         self.write, self.replayed = state["write"], state["replayed"]
         self.starts[:self.count], self.lengths[:self.count] = state["starts"], state["lengths"]
         each(lambda mine, saved: np.copyto(mine[:len(saved)], saved), self.tokens, state["tokens"])
+        if self.rarity:
+            self.rarity.restore(json.loads(state["rarity"]))
 
 
 # ==================================================================================================
@@ -1152,7 +1133,7 @@ class Collector:
         self.tokens = token_arrays(self.spec, n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
-        self.env_steps = 0                               # on all processes of the run
+        self.env_steps, self.waiting = 0, False          # env_steps: of all processes of the run
         for i, first in enumerate(self.envs.call("begin_all")):
             self._begin(i, *first)
 
@@ -1171,6 +1152,7 @@ class Collector:
         self.time += 1
         self.tokens["action"][self.rows, self.time] = action
         self.envs.send("step", self.spec.to_env(action))
+        self.waiting = True
 
     def receive(self):
         """End the step. -> [(environment, Trajectory)] of the rollouts that just ended"""
@@ -1193,6 +1175,7 @@ class Collector:
         self.cache.end_step(ended)
         if self.exploration:
             self.exploration.reset(ended)
+        self.waiting = False
         return finished
 
     def step(self):
@@ -1218,26 +1201,26 @@ class Collector:
                                     episode=self.episode[i])
 
     def state(self):
-        """For a checkpoint. An environment is kept as its episode and the actions since."""
+        """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
+        if self.waiting:
+            return dict(env_steps=self.env_steps)
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
                     env_steps=self.env_steps, multiplier=self.exploration.multiplier,
                     keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
-                    envs=json.dumps(self.envs.call("state")))
+                    envs=json.dumps(self.envs.call("state")), episode=json.dumps(self.episode))
 
     def restore(self, state):
-        each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
-             state["tokens"])
-        self.time, self.env_steps = np.array(state["time"]), state["env_steps"]
-        self.exploration.multiplier = np.array(state["multiplier"])
-        self.cache.keys.copy_(state["keys"])
-        self.cache.values.copy_(state["values"])
-        self.cache.length = np.array(state["length"])
-        self.cache.begin_step()
-        saved = json.loads(state["envs"])
-        self.episode = [episode for episode, _ in saved]
-        actions = (self.spec.to_env(self.tokens["action"][i, 1:t + 1])
-                   for i, t in enumerate(self.time))
-        self.envs.call("restore", [(*env, list(a)) for env, a in zip(saved, actions)])
+        self.env_steps = state["env_steps"]
+        if "envs" in state:
+            each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
+                 state["tokens"])
+            self.time, self.episode = np.array(state["time"]), json.loads(state["episode"])
+            self.exploration.multiplier = np.array(state["multiplier"])
+            self.cache.keys.copy_(state["keys"])
+            self.cache.values.copy_(state["values"])
+            self.cache.length = np.array(state["length"])
+            self.cache.begin_step()
+            self.envs.call("restore", json.loads(state["envs"]))
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
@@ -1291,6 +1274,11 @@ class Learner:
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
                                            weight_decay=config.weight_decay, fused=True)
+        # bfloat16 where it is faster: on a GPU, and on a CPU with such instructions, unless tiny.
+        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        faster = self.device.type == "cuda" or capable and agent.transformer.width >= 128
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
+            config.amp == "on" or config.amp == "auto" and faster))
         self.forward = torch.compile(agent) if config.compile else agent
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
@@ -1307,7 +1295,8 @@ class Learner:
         rng = np.random.default_rng((self.config.seed, self.updates))
         pair = rng.permutation(self.config.critics)[:2]
         self.agent.train()
-        loss, info = self.forward(batch, torch.from_numpy(pair).to(batch["mask"].device))
+        with self.autocast:
+            loss, info = self.forward(batch, torch.from_numpy(pair).to(self.device))
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1381,7 +1370,7 @@ def gather_on_rank_0(x):
 
 def describe_batch(batch, loss, norm, updates):
     """One line on the batch that broke the loss: the ranges of its arrays."""
-    arrays = dict(batch["tokens"], **batch["tokens"]["obs"], mask=batch["mask"])
+    arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
     ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
               for name, x in arrays.items() if name != "obs")
     return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
@@ -1405,13 +1394,12 @@ def train(config, saved=None):
         env = environments.make_env(config.env)
     except ValueError as problem:                             # an unknown name or option
         raise UsageError(problem) from problem
-    spec, goal = Spec.of(env), stopping_return(config, env)
+    spec = Spec.of(env)
     agent = Agent(spec, config).to(device).eval()
     torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
     rng = np.random.default_rng((config.seed, rank))
     learner = Learner(agent, config)
-    rarity = GoalRarity() if config.importance else None
-    buffer = ReplayBuffer(spec, config.buffer_steps, rng, relabeler(config, env, rng, rarity))
+    buffer = ReplayBuffer(spec, config.buffer_steps, rng, *hindsight(config, env, rng))
     exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
     # Training and evaluation draw their environments' seeds from ranges that never meet.
     train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
@@ -1419,8 +1407,7 @@ def train(config, saved=None):
                           train_seed + 10_000 * rank, exploration, config.bootstrap_truncated,
                           config.workers)
     parameters = sum(p.numel() for p in learner.trainable)
-    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", goal,
-              writes=rank == 0)                               # from here on things are written
+    log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", rank == 0)
     run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
     if saved:
         restore_run(run, saved)
@@ -1432,7 +1419,7 @@ def train(config, saved=None):
                 score = evaluate(learner.average, config.env, config.episodes, config.context,
                                  eval_seed)                   # the same in every process
                 log.row(score, steps, learner.updates)
-                if sum_over_ranks(over or score["return_mean"] >= goal):
+                if sum_over_ranks(over or score["return_mean"] >= log.goal):
                     return log.folder
             if sum_over_ranks(log.checkpoint_due()):
                 save_run(log.folder, run)
@@ -1451,30 +1438,21 @@ def train(config, saved=None):
             with log.timer("acting"):
                 for _, trajectory in collector.receive():
                     buffer.add(trajectory)
-                    if rarity and spec.instruction:
-                        rarity.update(trajectory.achieved)
                     log.returns.append(float(trajectory.reward.sum()))
             log.progress(collector.env_steps)
         raise KeyboardInterrupt("everything is saved; --resume continues")
 
 
-def relabeler(config, env, rng, rarity):
-    """-> the function that ReplayBuffer applies to what it draws, or None. UsageError if --relabel
-    asks for what the environment cannot give."""
-    instructed = hasattr(env, "show")
-    if config.relabel in ("some", "all") and not instructed:
-        raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions to relabel")
-    if config.relabel == "none" or not instructed:
-        return None
+def hindsight(config, env, rng):
+    """-> what ReplayBuffer takes to relabel what it draws. UsageError if --relabel asks for what
+    the environment cannot give."""
+    if not hasattr(env, "max_achieved"):
+        if config.relabel in ("some", "all"):
+            raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions")
+        return None, None
+    rarity = GoalRarity() if config.importance else None
     scheme = "some" if config.relabel == "auto" else config.relabel
-    return lambda trajectory: relabel(trajectory, env.reward, env.show, rng, scheme, rarity)
-
-
-def stopping_return(config, env):
-    """The mean return at which training stops; inf if it goes on until --env-steps."""
-    if config.target_return == "auto" and env.max_return is not None:
-        return env.max_return - 0.01 * abs(env.max_return)
-    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
+    return (lambda x: relabel(x, env.reward, env.show, rng, scheme, rarity)), rarity
 
 
 # ==================================================================================================
@@ -1587,47 +1565,17 @@ def resumed_config(given, folder):
 
 # ==================================================================================================
 # 12. Command line
-class Parser(argparse.ArgumentParser):
-    """argparse that complains in one line, with the nearest valid flag."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        if unknown:
-            flags = self._option_string_actions
-            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
-        raise UsageError(message)
-
-
 def parse_command_line(argv=None):
-    """Config from the command line, one flag per field, and the checkpoint that it resumes or None.
-    Raises UsageError."""
-    parser = Parser(prog="amago_min.py", allow_abbrev=False,
-                    description="AMAGO: in-context reinforcement learning in one file.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(Config):
-        value, rule = field.default, field.metadata
-        kind = type(value[0] if isinstance(value, tuple) else value)
-        how = dict(type=kind, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(kind))
-        if isinstance(value, tuple):
-            how.update(nargs="+")
-        elif kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif rule["choices"]:
-            how.update(metavar="|".join(rule["choices"]))
-        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
-                            **how)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    values = vars(parser.parse_args(argv))
-    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
-    given = {name: value for name, value in values.items() if name in words}
+    """-> Config, and the checkpoint that it resumes or None. Raises UsageError."""
+    values, given = read_command_line(Config, "amago_min.py", argv)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    if values["eval"]:
-        unused = given.keys() - {"eval", "episodes", "render", "seed", "device", "threads"}
-        if unused:
-            raise UsageError(f"--eval takes no --{unused.pop().replace('_', '-')}")
-    elif values["render"]:
-        raise UsageError("--render draws a trained agent: it needs --eval FOLDER")
+    with_eval = {"eval", "episodes", "render", "instruction", "seed", "device", "threads"}
+    wrong = sorted(given.keys() - with_eval if values["eval"] else
+                   given.keys() & {"render", "instruction"})
+    if wrong:
+        how = "does not go with" if values["eval"] else "goes with"
+        raise UsageError(f"--{wrong[0].replace('_', '-')} {how} --eval FOLDER")
     return Config(**values), None
 
 

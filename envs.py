@@ -25,7 +25,8 @@ With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 
 
 Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
 and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures; 11 many side
-by side; 12 what an agent must know; 13 what a run leaves behind; 14 the list.
+by side; 12 what an agent must know; 13 what a run leaves behind; 14 a command line;
+15 the list.
 """
 
 import argparse
@@ -768,6 +769,14 @@ class GoalRarity:
                 table[goal] = table.get(goal, 0) + 1
         self.total = [self.total[0] + len(achieved), self.total[1] + 1]
 
+    def state(self):
+        """As plain data, for a checkpoint."""
+        return [*(list(table.items()) for table in (self.steps, self.rollouts)), self.total]
+
+    def restore(self, state):
+        self.steps, self.rollouts = ({tuple(goal): n for goal, n in table} for table in state[:2])
+        self.total = state[2]
+
     def choose(self, reached, steps, h, rng):
         """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
         which = int(rng.integers(2))
@@ -1426,11 +1435,12 @@ class Shard:
         self.name, self.first = name, first
         self.envs = [make_env(name, seed=seed) for seed in seeds]
         self.time = [0] * len(self.envs)
+        self.actions = [[] for _ in self.envs]            # since the episode began
 
     def begin(self, i, options=None):
         """Reset environment i -> (first observation, env.episode)"""
         observation, _ = self.envs[i].reset(options=options)
-        self.time[i] = 0
+        self.time[i], self.actions[i] = 0, []
         self.check(i, observation)
         return observation, self.envs[i].episode
 
@@ -1444,6 +1454,7 @@ class Shard:
         for i, (env, action) in enumerate(zip(self.envs, actions)):
             observation, reward, terminated, truncated, info = env.step(action)
             self.time[i] += 1
+            self.actions[i].append(action)
             self.check(i, observation)
             if not np.isfinite(reward):
                 raise self.broken(i, f"the reward is {reward}")
@@ -1455,17 +1466,23 @@ class Shard:
         return results
 
     def state(self, _=None):
-        """-> per environment (episode, state of the generator that draws the next episodes)"""
-        return [(env.episode, env.np_random.bit_generator.state) for env in self.envs]
+        """-> per environment its episode, the actions since it began, and the state of the generator
+        that draws the next episodes: all it takes to be where it is, as plain data"""
+        return [(env.episode, np.array(actions).tolist(), env.np_random.bit_generator.state)
+                for env, actions in zip(self.envs, self.actions)]
 
     def restore(self, states):
-        """states: per environment what `state` gave, and the actions since the episode began."""
-        for i, (episode, generator, actions) in enumerate(states):
+        """The inverse: begin each episode again, and take the same actions."""
+        for i, (episode, actions, generator) in enumerate(states):
+            env = self.envs[i]
             self.begin(i, {"episode": episode})
             for action in actions:
-                self.envs[i].step(action)
+                if not isinstance(env.action_space, spaces.Discrete):
+                    action = np.array(action, env.action_space.dtype)
+                env.step(action)
+                self.actions[i].append(action)
             self.time[i] = len(actions)
-            self.envs[i].np_random.bit_generator.state = generator
+            env.np_random.bit_generator.state = generator
 
     def check(self, i, observation):
         space = self.envs[i].observation_space
@@ -1589,7 +1606,7 @@ class Spec:
             parts["vector"], = parts["vector"]
         for name in {"texture", "instruction"} & set(parts):
             parts[name] += (int(space[name].high.max()) + 1,)
-        if "instruction" in parts:
+        if hasattr(env, "max_achieved"):
             parts["achieved"] = (env.max_achieved, parts["instruction"][1] - 1)
         action = env.action_space
         if isinstance(action, gymnasium.spaces.Discrete):
@@ -1635,17 +1652,18 @@ COLUMNS = {
 class Log:
     """The files of one run, and the table on the console. Nothing is written before it is made."""
 
-    def __init__(self, config, env, agent, goal, writes=True):
-        """agent: a line on it for the console; goal: the return that ends the run; writes: False
-        in all but the first of several processes."""
+    def __init__(self, config, env, agent, writes=True):
+        """agent: a line on it for the console; writes: False in all but the first of several
+        processes."""
         self.config, self.env, self.writes = config, env, writes
+        self.goal = stopping_return(config, env)
         self.rows, self.next_eval = [], 0
         self.returns, self.sums, self.count = [], {}, 0       # since the last row
         self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
         self.saved_at = time.monotonic()
         self.folder = Path(config.resume) if config.resume else output_folder(config)
         known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
-        until = f"return {goal:g} or " if goal < math.inf else ""
+        until = f"return {self.goal:g} or " if self.goal < math.inf else ""
         self.header = (
             f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
             f"{agent}; until {until}{config.env_steps:,} env steps\n\n"
@@ -1754,6 +1772,13 @@ class Log:
         vars(self).update(state)
 
 
+def stopping_return(config, env):
+    """The mean return at which training stops; inf if it goes on until --env-steps."""
+    if config.target_return == "auto" and env.max_return is not None:
+        return env.max_return - 0.01 * abs(env.max_return)
+    return math.inf if config.target_return in ("auto", "none") else float(config.target_return)
+
+
 def output_folder(config):
     """--out, or the first free one of runs/<env>-<seed>, runs/<env>-<seed>-2, ...
 
@@ -1815,7 +1840,67 @@ def report_disk_trouble():
         tqdm.write(f"not written: {problem}; training goes on, the last checkpoint is intact")
 
 
-# ---- 14. The list --------------------------------------------------------------------------
+# ---- 14. A command line from a dataclass ------------------------------------------------------
+
+
+def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
+    """A Config field: its default, its help text, what it may be (choices, or low..high), and
+    whether it is free to change when a run is resumed."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
+                                                            high=high, free=free))
+
+
+def check_options_of(config):
+    """UsageError if a field of the dataclass `config` breaks the rule that `option` gave it."""
+    for field in dataclasses.fields(config):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
+        rule = field.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
+                             + nearest(value, rule["choices"]))
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
+                continue
+            limit = rule["high"] if x > rule["low"] else rule["low"]
+            raise UsageError(f"{flag} {x} is out of range {rule['low']:g} .. {rule['high']:g}"
+                             + ("" if math.isinf(limit) else f"; the nearest limit is {limit}"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, with the nearest valid flag."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown:
+            flags = self._option_string_actions
+            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
+        raise UsageError(message)
+
+
+def read_command_line(kind, program, argv=None):
+    """One flag per field of the dataclass `kind` -> {field: value}, and only those written down."""
+    parser = Parser(prog=program, allow_abbrev=False,
+                    description="AMAGO: in-context reinforcement learning in one file.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(kind):
+        value, rule = field.default, field.metadata
+        of = type(value[0] if isinstance(value, tuple) else value)
+        how = dict(type=of, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(of))
+        if isinstance(value, tuple):
+            how.update(nargs="+")
+        elif of is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif rule["choices"]:
+            how.update(metavar="|".join(rule["choices"]))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
+                            **how)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    values = vars(parser.parse_args(argv))
+    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
+    return values, {name: value for name, value in values.items() if name in words}
+
+
+# ---- 15. The list --------------------------------------------------------------------------
 
 # A new suite is one more function (name, **options) -> gymnasium.Env in this table.
 SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": DarkKey,

@@ -95,7 +95,7 @@ def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
     agents = []
     save = am.save_run
     monkeypatch.setattr(am, "save_run", lambda folder, run, **more: (
-        agents.append(run["learner"].agent), save(folder, run, **more)))
+        agents.append(run["learner"].average), save(folder, run, **more)))
     folder = am.train(am.Config(env="probe", env_steps=100, replay_ratio=2., out="run"))
     config, agent, state = am.load_checkpoint(folder)
     assert config == am.Config(**dataclasses.asdict(config)) and not agent.training
@@ -119,7 +119,7 @@ def test_the_goal_is_one_percent_below_the_maximum():
     for best, goal in ((1, 0.99), (-100, -101), (None, math.inf)):
         env = Probe()
         env.max_return = best
-        assert am.stopping_return(am.Config(), env) == pytest.approx(goal)
+        assert am.environments.stopping_return(am.Config(), env) == pytest.approx(goal)
 
 
 def test_every_step_is_replayed_as_often_as_asked(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_every_step_is_replayed_as_often_as_asked(tmp_path, monkeypatch):
     use(monkeypatch, Choice)                              # 1 step per rollout: 8 steps per update
     assert am.main("--env probe --env-steps 100 --parallel-envs 10 --batch 8 --replay-ratio 4"
                    " --episodes 1 --out run".split()) == 0
-    assert saved(tmp_path / "run")["learner"]["updates"] == (100 - 10) * 4 / 8
+    assert saved(tmp_path / "run")["learner"]["updates"] == (90 - 10) * 4 / 8   # of what is in the buffer
 
 
 def test_training_never_sees_the_rollouts_of_evaluation(tmp_path, monkeypatch):
