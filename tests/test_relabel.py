@@ -99,7 +99,8 @@ def made_up_walk(length, seed):
     """Letters at random: 1 to 4 goals in up to 2 more slots, each of which a step often reaches."""
     rng = np.random.default_rng(seed)
     asked = "".join(rng.choice(list("ABCD"), rng.integers(1, 5))) + " " * rng.integers(3)
-    return letters(asked, ["".join(rng.choice(list("ABC"), n)) for n in rng.integers(4, size=length)])
+    number = rng.integers(4, size=length)
+    return letters(asked, ["".join(rng.choice(list("ABC"), n)) for n in number])
 
 
 def text(trajectory):

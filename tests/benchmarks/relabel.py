@@ -25,7 +25,7 @@ def maze_like(rng):
 
 
 def crafter_like(rng):
-    """5 goals out of 360 like Crafter's; a step reaches a place with p = .3, others with p = .05."""
+    """5 goals like Crafter's; a step reaches a place with p = .3, something else with p = .05."""
     reached = np.zeros((T, 4, 3), np.int64)
     places = np.stack([np.full(T, 6), 25 + np.arange(T) // 60, 30 + np.arange(T) // 90], 1)
     others = 1 + rng.zipf(1.6, size=(T, 1)).clip(max=20) * np.array([[1, 2, 0]])
@@ -69,7 +69,8 @@ def main():
         for trajectory in rollouts:
             buffer.add(trajectory)
             rarity.update(trajectory.achieved)
-        learner = am.Learner(am.Agent(spec, am.Config(size="small")).eval(), am.Config(size="small"))
+        config = am.Config(size="small")
+        learner = am.Learner(am.Agent(spec, config).eval(), config)
 
         def sample(scheme=None, rare=None):
             buffer.relabel = scheme and (lambda trajectory: am.relabel(
