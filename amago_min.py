@@ -35,9 +35,7 @@ References
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -55,8 +53,9 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, Spec, UsageError, catch_signals,
-                  check_options_of, option, read_command_line, report_disk_trouble)
+from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, UsageError,
+                  catch_signals, check_options_of, each, keep_freed_memory, option,
+                  read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
 
@@ -71,19 +70,12 @@ SIZES = {
     "small": dict(width=128, layers=2, heads=8, ff=512, hidden=256, lr=5e-4),
     "paper": dict(width=256, layers=3, heads=8, ff=1024, hidden=256, lr=2e-4),
 }
-POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message describes the batch."""
 
 
 @dataclasses.dataclass
 class Config:
-    """All options. `Config(env="gym:CartPole-v1", lr=3e-4)` in Python, `--env ... --lr` in a shell.
-
-    Raises UsageError for a value that is out of range.
-    """
+    """All options: `Config(env=..., lr=...)` in Python, `--env ... --lr ...` in a shell. Raises
+    UsageError for a value that is out of range."""
     # what to run
     env: str = option("popgym:RepeatPrevious", "environment, suite:Name; python envs.py lists them")
     size: str = option("nano", "size of the agent", choices=tuple(SIZES))
@@ -135,7 +127,8 @@ class Config:
     critics: int = option(4, "critics in the ensemble", low=2)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
     memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
-    positions: str = option("both", "how attention knows the time", choices=POSITIONS)
+    positions: str = option("both", "how attention knows the time",
+                            choices=("rotary", "learnable", "sinusoidal", "both"))
     bootstrap_truncated: bool = option(False, "bootstrap values through a time limit; off, because"
                                        " the agent sees the clock ([1], finite horizon)")
 
@@ -149,26 +142,17 @@ class Config:
                              " nor auto")
 
     def torch_device(self):
-        """The device to compute on. Raises UsageError if it is not there."""
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda":                                   # under torchrun: one for each process
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        """The device to compute on; under torchrun, a GPU for each process. UsageError if it is not
+        there."""
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        auto = cuda if torch.cuda.is_available() else "cpu"
+        name = dict(auto=auto, cuda=cuda).get(self.device, self.device)
         try:
             torch.empty(0, device=name if re.match("cpu|cuda|mps", name) else "unknown")
             return torch.device(name)
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
             raise UsageError(f"--device {name!r} is not here; there is {there}") from None
-
-
-def keep_freed_memory():
-    """Make glibc keep freed memory instead of handing it back to the kernel, which would have to
-    zero every page again: 7 % of a small update on a CPU, 40 % of one with continuous actions."""
-    with contextlib.suppress(OSError, AttributeError):       # another C library: nothing to set
-        ctypes.CDLL(None).mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
 
 
 # ==================================================================================================
@@ -198,29 +182,12 @@ class SigmaLinear(nn.Module):
         left, _, right = torch.linalg.svd(self.weight.detach(), full_matrices=False)
         self.register_buffer("u", left[:, 0].clone())    # (d_out,)
         self.register_buffer("v", right[0].clone())      # (d_in,)
-        self.kept = (None, None)                         # W_hat for acting, see below
-
-    def scaled_weight(self):
-        """W_hat (d_out, d_in): the weight that is really applied.
-
-        Acting takes many steps with the same weights, so W_hat is kept, until a forward that may
-        be learned from, train(), eval(), or a visible change of one of its tensors.
-        """
-        if self.training or torch.is_grad_enabled():
-            self.kept = (None, None)
-            return self._scaled_weight()
-        state = [(x.data_ptr(), x._version) for x in (self.weight, self.gamma, self.u, self.v)]
-        if self.kept[0] != state:
-            self.kept = state, self._scaled_weight()
-        return self.kept[1]
-
-    def train(self, mode=True):
-        self.kept = (None, None)     # a fused optimiser's step does not show in `_version`
-        return super().train(mode)
+        self.kept = None                                 # W_hat, see keep
 
     @torch.autocast("cuda", enabled=False)               # sigma is a float32 number
     @torch.autocast("cpu", enabled=False)
-    def _scaled_weight(self):
+    def scaled_weight(self):
+        """W_hat (d_out, d_in): the weight that is really applied."""
         u, v = self.u, self.v
         if self.training:
             with torch.no_grad():
@@ -236,7 +203,12 @@ class SigmaLinear(nn.Module):
         return self.weight * (self.gamma / (w_u @ v))
 
     def forward(self, x):
-        return F.linear(x, self.scaled_weight(), self.bias)
+        weight = self.scaled_weight() if self.kept is None else self.kept
+        return F.linear(x, weight, self.bias)
+
+    def keep(self):
+        """Compute W_hat once for many steps, where weights only act. Call it when they change."""
+        self.kept = self.scaled_weight().detach()
 
 
 class KVCache:
@@ -358,11 +330,9 @@ class Transformer(nn.Module):
         training   forward(x (B, T, D), time (B, T))          whole rollouts at once
         acting     forward(x (N, 1, D), time (N, 1), cache)   one token, the past from the cache
 
-    Beyond `context` tokens: training cuts a random slice of `context` transitions, whose first
-    token sees nothing before it; acting slides, each token attends to the last `context` tokens.
-    The two agree exactly while a rollout is no longer than the context. After that a cached key of
-    layer 2 still carries what its token saw in layer 1, so acting remembers a little MORE than any
-    slice of training did (with one layer they agree exactly again).
+    memory: how many tokens attention reaches back, in both ways; 0 = to the first. A rollout longer
+    than the context is cut into slices for training, while acting slides: there a cached key of
+    layer 2 still carries what its token saw in layer 1, so acting remembers a little MORE.
     """
 
     def __init__(self, width, layers, heads, ff, positions="rotary", horizon=1024, memory=0):
@@ -755,6 +725,12 @@ class Agent(nn.Module):
         self.popart.w.fill_(1.0)
         self.popart.b.zero_()
 
+    def keep(self):
+        """For an agent that only acts, see SigmaLinear.keep."""
+        for layer in self.modules():
+            if isinstance(layer, SigmaLinear):
+                layer.keep()
+
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
         return self.transformer(self.encoder(tokens, mask), tokens["time"], cache)
@@ -832,13 +808,6 @@ class Agent(nn.Module):
         return td_targets(reward, done, value, self.gammas)
 
 
-def each(function, x, *more):
-    """To every leaf: each(len, {"a": "x", "b": {"c": ""}}) -> {"a": 1, "b": {"c": 0}}"""
-    if not isinstance(x, dict):
-        return function(x, *more)
-    return {k: each(function, v, *(other[k] for other in more)) for k, v in x.items()}
-
-
 def clean_padding(tokens, mask):
     """Zero every padded entry, whatever its value (NaN too), so that none can matter.
 
@@ -896,25 +865,6 @@ class Trajectory:
         led_to = {name: x[1:] for name, x in tokens.items() if name not in ("obs", "reset")}
         return Trajectory(tokens["obs"], reset=tokens["reset"], **led_to, **more)
 
-    def inner_returns(self):
-        """Return of every inner episode, in order: one unless the rollout is of several."""
-        return [float(part.sum()) for part in np.split(self.reward, 1 + np.flatnonzero(
-            self.reset[1:-1]))]
-
-
-def token_arrays(spec, *shape):
-    """Zeroed arrays for `shape` tokens. action, reward and done lie with the token that they led
-    to, as the encoder reads them: action[t] of these arrays is action[t - 1] of a Trajectory."""
-    obs = dict(vector=((spec.vector,), np.float32), image=(spec.image, np.uint8),
-               texture=(spec.texture[:1], np.uint8), instruction=(spec.instruction[:2], np.int32))
-    action = ((), np.int64) if spec.discrete else ((spec.actions,), np.float32)
-    layout = dict(obs={name: obs[name] for name in obs if getattr(spec, name)}, action=action,
-                  reward=((), np.float32), done=((), bool), reset=((), bool))
-    if spec.achieved:
-        layout["achieved"] = (spec.achieved, np.int32)
-    # np.zeros takes no memory before it is written to, so a large capacity costs nothing.
-    return each(lambda part: np.zeros(shape + part[0], part[1]), layout)
-
 
 class ReplayBuffer:
     """Whole trajectories, first in first out, in flat preallocated arrays.
@@ -932,7 +882,7 @@ class ReplayBuffer:
         if capacity < spec.horizon + 1:
             raise UsageError(f"--buffer-steps {capacity} is less than one rollout of this"
                              f" environment; the least is {spec.horizon + 1}")
-        self.tokens = token_arrays(spec, capacity)
+        self.tokens = spec.token_arrays(capacity)
         # Ring of trajectories: the oldest is at `first`, there are `count`.
         self.starts = np.zeros(capacity // 2 + 1, np.int64)
         self.lengths = np.zeros(capacity // 2 + 1, np.int64)
@@ -984,7 +934,7 @@ class ReplayBuffer:
         length = np.minimum(whole, context)                              # (B,)
         offset = self.rng.integers(whole - length + 1)                   # (B,)
         steps = np.arange(length.max() + 1)
-        out = token_arrays(self.spec, batch, len(steps))
+        out = self.spec.token_arrays(batch, len(steps))
         for b, tokens in enumerate(rollouts):
             here = slice(offset[b], offset[b] + length[b] + 1)
             each(lambda x, y: np.copyto(x[b, :length[b] + 1], y[here]), out, tokens)
@@ -1124,7 +1074,7 @@ class Collector:
         self.device = next(agent.parameters()).device
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
-        self.tokens = token_arrays(self.spec, n_envs, self.spec.horizon + 1)
+        self.tokens = self.spec.token_arrays(n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
         self.env_steps, self.waiting = 0, False          # env_steps: of all processes of the run
@@ -1162,7 +1112,10 @@ class Collector:
                 self.tokens["achieved"][i, t, :len(achieved)] = achieved
                 self.tokens["achieved"][i, t, len(achieved):] = 0
             if terminated or truncated:
-                finished.append((i, self._trajectory(i, info)))
+                rollout = each(lambda x: x[i, :t + 1].copy(), self.tokens)
+                finished.append((i, Trajectory.of_tokens(
+                    rollout, success=float(info.get("success", math.nan)),
+                    episode=self.episode[i])))
                 ended[i] = True
                 self._begin(i, *first)
         self.env_steps += len(self.rows) * world_size()
@@ -1187,12 +1140,6 @@ class Collector:
         self._store(i, 0, observation)
         for name, first in (("action", 0), ("reward", 0), ("done", False), ("reset", True)):
             self.tokens[name][i, 0] = first
-
-    def _trajectory(self, i, info):
-        """Copy environment i's finished rollout out of the arrays."""
-        rollout = each(lambda x: x[i, :self.time[i] + 1].copy(), self.tokens)
-        return Trajectory.of_tokens(rollout, success=float(info.get("success", math.nan)),
-                                    episode=self.episode[i])
 
     def state(self):
         """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
@@ -1220,10 +1167,10 @@ class Collector:
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
 
-    -> dict(return_mean, return_std, success, episodes, inner_returns: mean return of the first,
-    second, ... inner episode); success is NaN where the environment does not report it. Every
-    environment plays the same number of episodes, rounded up: counting those that end first would
-    favour short ones. Same seed, same result; training's randomness is kept.
+    -> dict(return_mean, return_std, success (NaN where it is not reported), episodes,
+            inner_returns: the mean return of the first, second, ... inner episode)
+    Every environment plays as many episodes, rounded up: counting those that end first would favour
+    short ones. Same seed, same result; training's randomness is kept.
     """
     n_envs = min(episodes, max_envs)
     was_training, played = agent.training, []
@@ -1238,12 +1185,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
                     played.append(trajectory)
                 left[i] -= 1
     agent.train(was_training)
-    returns = [float(trajectory.reward.sum()) for trajectory in played]
-    inner = itertools.zip_longest(*(trajectory.inner_returns() for trajectory in played),
-                                  fillvalue=math.nan)
-    return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
-                success=float(np.mean([trajectory.success for trajectory in played])),
-                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+    return environments.summary(played)
 
 
 # ==================================================================================================
@@ -1254,8 +1196,7 @@ class Learner:
     """The one optimiser, AdamW over everything that learns, with warm-up and clipping.
 
     `agent` learns; `average`, a running average of its weights, acts, is evaluated and is saved.
-    The policy that is best for one noisy update is not for the next: on PositionOnlyCartPoleEasy
-    the agent's return swings between .5 and 1 while its average's rises steadily (README).
+    The learning policy swings from update to update, its average rises steadily (README).
 
         average <- (1 - r) average + r agent,    r = max(.01, 30 / (updates + 30))
     """
@@ -1284,8 +1225,7 @@ class Learner:
         Raises NonFiniteLoss, with the agent as it was before.
         """
         before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
-        # A pair of critics that depends on nothing but the number of the update, so that all
-        # processes of a run, and a resumed one, draw the same.
+        # A function of the update's number, so that all processes draw the same pair of critics.
         rng = np.random.default_rng((self.config.seed, self.updates))
         pair = rng.permutation(self.config.critics)[:2]
         self.agent.train()
@@ -1298,7 +1238,7 @@ class Learner:
         if not torch.isfinite(loss + norm):
             for x, old in zip(self.agent.buffers(), before):
                 x.copy_(old)
-            raise NonFiniteLoss(describe_batch(batch, loss, norm, self.updates))
+            raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
         self.optimizer.step()
@@ -1315,6 +1255,7 @@ class Learner:
         torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
         for x, y in zip(average.buffers(), agent.buffers()):
             x.copy_(y)
+        average.keep()
 
     def state(self):
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
@@ -1324,6 +1265,7 @@ class Learner:
     def restore(self, state):
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
+        self.average.keep()
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.started = state["updates"], state["started"]
 
@@ -1355,28 +1297,17 @@ def sum_over_ranks(x):
 
 def gather_on_rank_0(x):
     """A list of every process's x in rank 0, None in the others."""
-    if world_size() == 1:
-        return [x]
-    gathered = [None] * world_size() if process_rank() == 0 else None
-    dist.gather_object(x, gathered)
+    gathered = [x] * world_size()
+    if world_size() > 1:
+        dist.gather_object(x, gathered if process_rank() == 0 else None)
     return gathered
 
 
-def describe_batch(batch, loss, norm, updates):
-    """One line on the batch that broke the loss: the ranges of its arrays."""
-    arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
-    ranges = (f"{name} {tuple(x.shape)} {x.min().item():.3g} .. {x.max().item():.3g}"
-              for name, x in arrays.items() if name != "obs")
-    return (f"the loss is {loss.item()}, its gradient's norm {norm.item()} at update {updates}; the"
-            " batch: " + ", ".join(ranges))
-
-
 def train(config, saved=None):
-    """The main job -> the folder that holds everything it wrote.
+    """The main job -> the folder that holds everything it wrote. saved: a checkpoint to go on from.
 
-    saved: what load_checkpoint gave, to go on exactly from there. Raises UsageError before anything
-    is written, KeyboardInterrupt after Ctrl-C, NonFiniteLoss and BrokenEnvironment; in each of the
-    last three cases the checkpoint has been saved.
+    Raises UsageError before anything is written; KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
+    BrokenEnvironment after the checkpoint has been saved.
     """
     join_processes()
     device, rank = config.torch_device(), process_rank()
@@ -1453,14 +1384,11 @@ def hindsight(config, env, rng):
 # 11. Checkpoint
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
 def save_run(folder, run, final=False):
-    """Write everything that it takes to continue `run` exactly: a dict of its parts, see `train`.
-
-    Every process hands its own part to the first, which writes. A full disk is reported, and costs
-    no more than this checkpoint; at the end of a run it is an OSError.
-    """
-    learner, generator = run["learner"], json.dumps(run["rng"].bit_generator.state)
+    """Write all it takes to continue `run`, the dict of `train`'s parts, exactly. Every process
+    hands its own to the first, which writes. A full disk is reported; at the end, an OSError."""
+    learner = run["learner"]
     own = dict(buffer=run["buffer"].state(), collector=run["collector"].state(),
-               rng=generator, torch_rng=torch.get_rng_state())
+               rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
     if torch.cuda.is_available():
         own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
     processes = gather_on_rank_0(own)
@@ -1488,12 +1416,15 @@ def restore_run(run, state):
 
 
 def save_checkpoint(path, state):
-    """Write nested dicts and lists of tensors, arrays, numbers and strings, atomically: whatever
-    happens meanwhile, `path` holds either the previous state or this one. OSError if it cannot."""
+    """Write nested dicts of tensors, arrays, numbers and strings, atomically: whatever happens
+    meanwhile, `path` holds either the previous state or this one. OSError if it cannot."""
     temporary = Path(f"{path}.tmp")
+    # As tensors, because loading refuses everything that could run code, numpy's arrays too.
+    state = each(lambda x: torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray)
+                 else x, state)
     try:
         with open(temporary, "wb") as file:
-            torch.save(plain(state), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1502,21 +1433,9 @@ def save_checkpoint(path, state):
         raise OSError(f"{path}: {problem}") from problem
 
 
-def plain(x):
-    """numpy arrays as tensors, at any depth: torch.load refuses everything that could run code."""
-    if isinstance(x, dict):
-        return {name: plain(part) for name, part in x.items()}
-    if isinstance(x, list):
-        return [plain(part) for part in x]
-    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
-
-
 def load_checkpoint(folder, device="cpu"):
     """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
-
-    Raises UsageError for a folder without a checkpoint, and for a file that is damaged, foreign or
-    of another version.
-    """
+    UsageError if there is none, or one that is damaged, foreign or of another version."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
@@ -1533,22 +1452,15 @@ def load_checkpoint(folder, device="cpu"):
     config, spec = Config(**state["config"]), Spec(**state["spec"])
     agent = Agent(spec, config).to(device).eval()
     agent.load_state_dict(state["learner"]["average"])
+    agent.keep()
     return config, agent, state
 
 
 def resumed_config(given, folder):
     """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
-
-    Raises UsageError for an option that may not change.
-    """
+    UsageError for an option that may not change."""
     config, agent, state = load_checkpoint(folder)
-    free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
-    for name, value in given.items():
-        if name not in (*free, "resume") and value != getattr(config, name):
-            flags = ", ".join("--" + x.replace("_", "-") for x in free)
-            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
-                             f" {getattr(config, name)!r}); these may: {flags}")
-    config = dataclasses.replace(config, **given)
+    config = environments.changed_options(config, given)
     if Spec.of(environments.make_env(config.env)) != agent.spec:
         raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
     if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
