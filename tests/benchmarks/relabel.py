@@ -1,6 +1,10 @@
 """What relabeling costs beside an update of size small, one thread, 24 rollouts of 500 steps:
 
     python tests/benchmarks/relabel.py                # half a minute; the goal is below 15 %
+
+What was tried: CPU milliseconds, maze-like, scheme some, on a busy AMD EPYC; an update takes 1450.
+    statuses written when one changes, completed goals read off the rewards    45.6 -> 10.0     kept
+    one array of rarities in place of one per step                            187.7 -> 30.5     kept
 """
 
 import statistics
