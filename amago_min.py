@@ -987,16 +987,12 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
     reached = trajectory.achieved                                        # (T, M, W)
     # (1) n of the k goals were completed, at the steps `done`.
-    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
-    done, n = [], 0
-    for t in busy:
-        _, progress = reward_fn(goals, n, reached[t])
-        if progress > n:
-            done.append(t)
-            n = progress
+    done = np.flatnonzero(trajectory.reward)
+    n = len(done)
     # (2) Draw how many goals h to add,
     h = dict(none=0, some=int(rng.integers(k - n + 1)), all=k - n)[scheme]
     # (3) and so many other steps that reached something, with one of its goals each.
+    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
     others = np.setdiff1d(busy, done)
     h = min(h, len(others))
     if h == 0:
@@ -1007,20 +1003,18 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     else:
         steps, chosen = rarity.choose(reached, others, h, rng)
     # (4) Merge them with the completed ones in order of time; the tail stays as it was.
-    merged = sorted([*zip(done, range(n), goals[:n]), *zip(steps, range(n, n + h), chosen)],
-                    key=lambda entry: entry[:2])
-    instruction = np.concatenate([[goal for _, _, goal in merged], goals[n + h:]]).astype(np.int32)
+    met = sorted([*zip(done, goals), *zip(steps, chosen)], key=lambda pair: pair[0])
+    instruction = np.stack([goal for _, goal in met] + list(goals[n + h:]))
     # (5) Replay: rewards, what the agent sees, and the end, which now may come earlier.
-    reward, shown = np.zeros(T, np.float32), np.empty_like(trajectory.obs["instruction"])
-    ended, progress, begin = trajectory.done.copy(), 0, 0
+    reward, ended, progress = np.zeros(T, np.float32), trajectory.done.copy(), 0
+    shown = np.tile(show_fn(instruction, 0), (T + 1, 1, 1))
     for t in busy:
-        shown[begin:t + 1] = show_fn(instruction, progress)
         reward[t], progress = reward_fn(instruction, progress, reached[t])
-        begin = t + 1
+        if reward[t]:
+            shown[t + 1:] = show_fn(instruction, progress)
         if progress == k:
             ended[t], T = True, t + 1
             break
-    shown[begin:T + 1] = show_fn(instruction, progress)
     obs = {name: x[:T + 1] for name, x in dict(trajectory.obs, instruction=shown).items()}
     return dataclasses.replace(
         trajectory, obs=obs, action=trajectory.action[:T], reward=reward[:T], done=ended[:T],

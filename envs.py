@@ -785,17 +785,17 @@ class GoalRarity:
         """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
         which = int(rng.integers(2))
         table, total = (self.steps, self.rollouts)[which], max(1, self.total[which])
-        goals = [reached[t][reached[t][:, 0] != 0] for t in steps]
-        share = [np.array([table.get(tuple(goal), 1e-3) for goal in g.tolist()]) / total
-                 for g in goals]
-        weight = [np.clip(np.log10(np.minimum(f, 1)) ** 4, 1e-3, 1e5) for f in share]
-        left, chosen = list(range(len(steps))), []
+        here, picked, goals = reached[steps], [], []                     # (n, M, W)
+        counts = [[table.get(tuple(goal), 1e-3) for goal in step] for step in here.tolist()]
+        weight = np.clip(np.log10(np.minimum(np.array(counts) / total, 1)) ** 4, 1e-3, 1e5)
+        weight[here[..., 0] == 0] = 0                                    # (n, M)
         for _ in range(h):
-            p = self.shaped(np.array([weight[i].sum() for i in left]), rng)
-            i = left.pop(rng.choice(len(left), p=p))
-            chosen.append((steps[i], goals[i][rng.choice(len(goals[i]),
-                                                         p=self.shaped(weight[i], rng))]))
-        return [t for t, _ in chosen], [goal for _, goal in chosen]
+            left = np.setdiff1d(np.arange(len(steps)), picked)
+            i = rng.choice(left, p=self.shaped(weight[left].sum(1), rng))
+            met = np.flatnonzero(weight[i])
+            picked.append(i)
+            goals.append(here[i, rng.choice(met, p=self.shaped(weight[i, met], rng))])
+        return steps[picked], goals
 
     @staticmethod
     def shaped(weight, rng):
