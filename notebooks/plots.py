@@ -16,11 +16,13 @@ import functools
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from gymnasium.error import DependencyNotInstalled
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -231,33 +233,32 @@ def pictures(name, trajectory):
 def render_frame(env, t):
     try:
         return env.render()
-    except ImportError as problem:                           # gymnasium asks for pygame only now
+    except (ImportError, DependencyNotInstalled) as problem:   # pygame, which is not asked earlier
         raise ModuleNotFoundError(f"{env.name} needs a package to be drawn: "
                                   + environments.pip_command(problem)) from problem
 
 
 FRAMES = 600                                                 # at most, in one GIF
 BAR, FLASH, INK = (32, 32, 32), (240, 228, 66), {False: (255, 255, 255), True: (0, 0, 0)}
-MARKS = {1: "\u00b7", 2: "\u25b6", 3: "\u2713"}              # an instruction's goal: waits, is next, is done
+MARKS = {1: "\u00b7", 2: "\u25b6", 3: "\u2713"}              # a goal that waits, is next, is done
 
 
 def write_gif(path, trajectory, env, picture):
     """Replay, draw and write at most FRAMES pictures, 5 to 20 s -> their number."""
     T = len(trajectory)
-    stride = -(-(T + 1) // FRAMES)
     starts = np.flatnonzero(trajectory.reset)
-    shown = sorted({*range(0, T, stride), T})[-FRAMES:]
+    shown = set(np.linspace(0, T, min(T + 1, FRAMES)).round().astype(int).tolist())
     # 0.1 s each, unless that takes less than 5 or more than 20 s. GIFs count in 0.01 s, and
     # viewers slow down anything shorter than 0.02 s.
     pause = int(np.clip(100, 5000 / len(shown), 18_000 / len(shown)) // 10 * 10)
-    flash = max(1, 800 // pause) * stride
+    flash = max(1, 800 // pause) * T / len(shown)            # steps
     frames = []
     for t, frame in enumerate(replay(env, trajectory, lambda t: t in shown and picture(t))):
         if frame is False:
             continue
         is_new = len(starts) > 1 and t - starts[starts <= t][-1] < flash
         frame = add_caption(fit(frame), caption(trajectory, env, t), is_new)
-        frames.append(frame.quantize(128, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
     pauses = [pause] * (len(frames) - 1) + [min(pause + 1500, 2000)]     # a last look at the end
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=pauses, loop=0)
     return len(frames)
@@ -303,7 +304,7 @@ def font(size):
 
 def add_caption(picture, lines, flash=False):
     """A bar with lines of text below the picture; bright where an inner episode begins."""
-    width, bar = max(picture.width, 300), 10 + 20 * len(lines)
+    width, bar = max(picture.width, 360), 10 + 20 * len(lines)
     out = Image.new("RGB", (width, picture.height + bar), FLASH if flash else BAR)
     out.paste(BAR, (0, 0, width, picture.height))
     out.paste(picture, ((width - picture.width) // 2, 0))
@@ -344,14 +345,15 @@ def stack(panels, trajectory, title, path):
         draw(axes)
         for start in np.flatnonzero(trajectory.reset)[1:]:   # inner episodes
             axes.axvline(start - 0.5, color="k", lw=1)
-    for number, start in enumerate(np.flatnonzero(trajectory.reset), start=1):
-        if trajectory.reset.sum() > 1:
-            rows[0].annotate(f"episode {number}", (start - 0.4, 1), xytext=(0, 2), fontsize=8,
-                             xycoords=("data", "axes fraction"), textcoords="offset points")
+    episodes = trajectory.reset.sum()
+    for number, start in enumerate(np.flatnonzero(trajectory.reset) if episodes > 1 else (), 1):
+        text = f"episode {number}" if number == 1 or episodes <= 8 else number
+        rows[-2].annotate(text, (start - 0.4, 1), xytext=(0, 2), fontsize=8,
+                         xycoords=("data", "axes fraction"), textcoords="offset points")
     rows[-1].set(xlabel="step t", xlim=(-0.5, len(trajectory) + 0.5))
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     result = f"return {trajectory.reward.sum():.3f} in {len(trajectory)} steps"
-    figure.suptitle(f"{title}: {result}" if title else result, fontsize=11)
+    figure.suptitle(textwrap.fill(f"{title}: {result}" if title else result, 100), fontsize=11)
     return saved(figure, path)
 
 
@@ -362,13 +364,16 @@ def saved(figure, path):
 
 
 def heat(axes, x, labels, what):
-    """Rows of numbers x (rows, columns) over time, each row on a scale of its own: white is 0, the
-    darkest its largest absolute value, which stands on the right where it is not 1."""
+    """Rows of numbers x (rows, columns) over time, each row on a scale of its own, whose end, its
+    largest absolute value, stands on the right where it is not 1. Without negative numbers from
+    white to black, else from dark to bright, which shows signs in a black-and-white print too."""
     scale = np.abs(x).max(axis=1, initial=0)
     y = x / np.where(scale > 0, scale, 1)[:, None]
-    low, colours = (-1, "RdBu_r") if x.min() < 0 else (0, "Greys")
+    low, colours = (-1, "cividis") if x.min() < 0 else (0, "Greys")
     axes.imshow(y, aspect="auto", interpolation="nearest", cmap=colours, vmin=low, vmax=1)
     axes.set_ylabel(what)
+    if low:
+        axes.set_title("dark: negative, bright: positive", fontsize=8, loc="right")
     few = len(x) <= 24
     ticks = range(len(x)) if few else np.linspace(0, len(x) - 1, 5).astype(int)
     axes.set_yticks(ticks, [labels[i] for i in ticks], fontsize=8)
@@ -383,12 +388,12 @@ def observation_panel(trajectory, env, part):
     """-> (draw(axes), height in rows) of one part of the observation"""
     x = trajectory.obs[part]
     if part == "image":
-        return functools.partial(draw_images, trajectory), 5
+        return functools.partial(draw_images, trajectory), 3
     if part == "instruction":
         return functools.partial(draw_instruction, trajectory, env), 1 + (x[0, :, 0] > 0).sum()
     labels = observation_labels(env, x.shape[1]) if part == "vector" else list(range(x.shape[1]))
     name = "observation" if part == "vector" else part
-    return functools.partial(heat, x=x.T, labels=labels, what=name), min(max(2, x.shape[1]), 24)
+    return functools.partial(heat, x=x.T, labels=labels, what=name), min(max(3, x.shape[1]), 24)
 
 
 def observation_labels(env, number):
@@ -398,7 +403,7 @@ def observation_labels(env, number):
         env = env.inner
     labels = []
     for place, space in environments.leaves(env.observation_space):
-        name = " ".join(map(str, place))
+        name = " ".join(map(str, place)) if place != ("vector",) else ""
         if isinstance(space, environments.spaces.Discrete):
             labels += [f"{name} = {int(space.start) + i}" for i in range(space.n)]
         elif isinstance(space, environments.spaces.MultiDiscrete):
@@ -460,11 +465,11 @@ def draw_choices(agent, trajectory, axes):
     """One discrete action per step: dots on pi(a | s_t), darker is more likely."""
     axes.imshow(policy(agent, trajectory).T, aspect="auto", interpolation="nearest", vmin=0, vmax=1,
                 cmap="Greys", alpha=0.6)
-    size = min(4.0, 400 / len(trajectory))
-    axes.plot(trajectory.action, "o", color=COLOURS[1], ms=max(1.2, size), mew=0)
+    size = min(5.0, max(2.5, 500 / len(trajectory)))
+    axes.plot(trajectory.action, "o", color=COLOURS[1], ms=size, mec="white", mew=size / 6)
     axes.set_ylabel("action")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("dots: taken; grey: probability, black = 1", fontsize=8, loc="right")
+    axes.set_title("dots: taken; the darker, the likelier", fontsize=8, loc="right")
 
 
 def draw_rewards(trajectory, axes):
@@ -564,7 +569,8 @@ class Curve:
         except (IndexError, KeyError, ValueError, TypeError):
             raise UsageError(f"{log} is empty, or no log.csv of a run") from None
         config = log.with_name("config.json")
-        options = json.loads(config.read_text()) if log.name == "log.csv" and config.exists() else {}
+        known = log.name == "log.csv" and config.exists()
+        options = json.loads(config.read_text()) if known else {}
         return Curve(log.stem if path.suffix == ".csv" else path.name, options, columns)
 
 
@@ -580,7 +586,8 @@ def group(curves):
                for curve in curves]
     places = {}
     for curve, own in zip(curves, options):
-        places.setdefault(curve.options.get("env", ""), []).append((curve, own))
+        env, _ = look_up(curve.options.get("env", ""))
+        places.setdefault(env, []).append((curve, own))
     panels = {}
     for env, members in places.items():
         differ = sorted({name for _, own in members for name in own
@@ -629,23 +636,26 @@ def plot_curves(runs, path=None):
     return saved(figure, path)
 
 
-def references(env):
-    """Known returns of the environment named `env`, {} if it is unknown or cannot be built here."""
+@functools.cache
+def look_up(name):
+    """-> canonical name and known returns of an environment; of one that cannot be built here, none
+    are known, and its log is drawn all the same."""
     try:
-        return environments.make_env(env).references if env else {}
-    except (ValueError, ModuleNotFoundError):                # its log can be drawn all the same
-        return {}
+        env = environments.make_env(name)
+        return env.name, env.references
+    except (ValueError, ModuleNotFoundError):
+        return name, {}
 
 
 def draw_curves(axes, env, groups):
-    for name, y in references(env).items():
+    for name, y in look_up(env)[1].items():
         label, style = REFERENCES[name]
         axes.axhline(y, ls=style, color="0.35", lw=1.1, label=f"{label}: {y:g}")
     for i, (label, curves) in enumerate(groups.items()):
         colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
         x, mean, low, high = mean_and_spread(curves)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-        count = ("1 run, one std over episodes" if len(curves) == 1 else
+        count = ("1 run, \u00b1 one std over episodes" if len(curves) == 1 else
                  f"{len(curves)} runs, lowest to highest")
         axes.plot(x, mean, color=colour, ls=style, lw=1.8,
                   label=f"{label} ({count})" if label else count)
