@@ -234,7 +234,7 @@ def render_frame(env, t):
     try:
         return env.render()
     except (ImportError, DependencyNotInstalled) as problem:   # pygame, which is not asked earlier
-        raise ModuleNotFoundError(f"{env.name} needs a package to be drawn: "
+        raise ModuleNotFoundError(f"pictures of {env.name.partition('?')[0]} need a package: "
                                   + environments.pip_command(problem)) from problem
 
 

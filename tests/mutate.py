@@ -366,7 +366,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      'env.reset(options={"episode": trajectory.episode})', "env.reset(seed=0)",
      DRAW + "gif_shows_the_episode_that_was_played"),
     ("a GIF lags one step behind", PLOTS,
-     "yield draw(t + 1)", "yield draw(t)", DRAW + "gif_shows_the_episode_that_was_played"),
+     "yield draw(t + 1)", "yield draw(t)", DRAW + "a_new_episode_flashes"),
     ("a replay that differs goes unnoticed", PLOTS,
      "if np.float32(reward) != trajectory.reward[t]:", "if False:",
      DRAW + "an_episode_that_cannot_be_played_again_is_not_shown"),
