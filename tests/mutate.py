@@ -20,7 +20,8 @@ CLI, ENVS = "tests/test_cli.py::test_", "tests/test_envs.py::test_"
 RELABEL = "tests/test_relabel.py::test_"
 WORLDS = "tests/test_worlds.py::test_"
 CRAFTER = "tests/test_crafter.py::test_"
-AMAGO = "amago_min.py"
+DRAW = "tests/test_plots.py::test_"
+AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
 MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tests that go red)
     # stable Transformer
@@ -411,6 +412,49 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
     ("the goal lies above a negative maximum", "envs.py",
      "env.max_return - 0.01 * abs(env.max_return)", "0.99 * env.max_return",
      CLI + "the_goal_is_one_percent_below_the_maximum"),
+    # pictures
+    ("attention is drawn without positions", PLOTS,
+     "q, k = am.rotate(q, *rotation), am.rotate(k, *rotation)", "pass",
+     DRAW + "attention_is_the_one_of_the_network"),
+    ("attention is drawn one step ahead", PLOTS,
+     ".triu(1)\n    return", ".triu(2)\n    return", DRAW + "attention_is_the_one_of_the_network"),
+    ("hooks stay on the agent", PLOTS,
+     "hook.remove()", "pass", DRAW + "attention_of_a_beginning_is_the_beginning_of_attention"),
+    ("drawn tokens know their own reward", PLOTS,
+     "np.concatenate([np.zeros_like(x[:1]), x])", "np.concatenate([x, np.zeros_like(x[:1])])",
+     DRAW + "tokens_are_those_of_training"),
+    ("drawn values are the lowest critic's", PLOTS,
+     "agent.popart.denormalize(agent.popart(q)).mean(1)",
+     "agent.popart.denormalize(agent.popart(q)).amin(1)",
+     DRAW + "values_of_discrete_actions_are_the_sum_over_actions"),
+    ("drawn values are in PopArt's units", PLOTS,
+     "agent.popart.denormalize(agent.popart(q)).mean(1)", "agent.popart(q).mean(1)",
+     DRAW + "values_of_discrete_actions_are_the_sum_over_actions"),
+    ("drawn values of no particular action", PLOTS,
+     "agent.critics(s, pi.sample())", "agent.critics(s, 0 * pi.sample())",
+     DRAW + "values_of_continuous_actions_are_those_of_the_policy"),
+    ("looking at an agent changes it", PLOTS,
+     "    agent.eval()\n    try:", "    try:", DRAW + "looking_changes_nothing"),
+    ("a GIF shows another episode", PLOTS,
+     'env.reset(options={"episode": trajectory.episode})', "env.reset(seed=0)",
+     DRAW + "gif_shows_the_episode_that_was_played"),
+    ("a GIF lags one step behind", PLOTS,
+     "yield draw(t + 1)", "yield draw(t)", DRAW + "a_new_episode_flashes"),
+    ("a replay that differs goes unnoticed", PLOTS,
+     "if np.float32(reward) != trajectory.reward[t]:", "if False:",
+     DRAW + "an_episode_that_cannot_be_played_again_is_not_shown"),
+    ("the caption's return runs ahead", PLOTS,
+     "trajectory.reward[:t].sum():.2f", "trajectory.reward[:t + 1].sum():.2f",
+     DRAW + "caption_tells_step_return_episode_and_goals"),
+    ("inner episodes do not flash", PLOTS,
+     "frame = add_caption(fit(frame), caption(trajectory, env, t), is_new)",
+     "frame = add_caption(fit(frame), caption(trajectory, env, t))",
+     DRAW + "a_new_episode_flashes"),
+    ("the instruction is forgotten", PLOTS,
+     "name = fix_instruction(config.env, instruction)", "name = config.env",
+     DRAW + "the_instruction_is_part_of_the_name"),
+    ("seeds are drawn as experiments", PLOTS,
+     'ALIKE = {"seed", "out",', 'ALIKE = {"out",', DRAW + "seeds_become_one_line"),
 ]
 
 
@@ -427,7 +471,7 @@ def pytest(folder, tests):
 
 def main(word=""):
     mutants = [mutant for mutant in MUTANTS if any(word in text for text in mutant)]
-    sources = {name: (ROOT / name).read_text() for name in (AMAGO, "envs.py")}
+    sources = {name: (ROOT / name).read_text() for name in (AMAGO, "envs.py", PLOTS)}
     stale = [f"{bug}: {old!r} occurs {sources[name].count(old)} times in {name}, not once"
              for bug, name, old, _, _ in mutants if sources[name].count(old) != 1]
     if stale:
