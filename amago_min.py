@@ -1155,11 +1155,11 @@ class Collector:
         if "envs" in state:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
-            self.time, self.episode = np.array(state["time"]), json.loads(state["episode"])
-            self.exploration.multiplier = np.array(state["multiplier"])
+            self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
+            self.exploration.multiplier = state["multiplier"].numpy()
             self.cache.keys.copy_(state["keys"])
             self.cache.values.copy_(state["values"])
-            self.cache.length = np.array(state["length"])
+            self.cache.length = state["length"].numpy()
             self.cache.begin_step()
             self.envs.call("restore", json.loads(state["envs"]))
 
@@ -1315,10 +1315,7 @@ def train(config, saved=None):
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)                            # every process begins with one agent
-    try:
-        env = environments.make_env(config.env)
-    except ValueError as problem:                             # an unknown name or option
-        raise UsageError(problem) from problem
+    env = environments.make_env(config.env)
     spec = Spec.of(env)
     agent = Agent(spec, config).to(device).eval()
     torch.manual_seed(config.seed + 2**32 * rank)             # and goes its own way from here
@@ -1336,15 +1333,16 @@ def train(config, saved=None):
     run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
     if saved:
         restore_run(run, saved)
-    with catch_signals() as caught, log.files(lambda: save_run(log.folder, run, final=True)):
+    with catch_signals() as caught, log.files(lambda end: save_run(log.folder, run, True, end)):
         while not sum_over_ranks(caught.is_set()):
             # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
-            steps, over = collector.env_steps, collector.env_steps >= config.env_steps
+            steps = collector.env_steps
+            over = steps >= config.env_steps or log.reached_goal()
             if over or steps >= log.next_eval:
                 score = evaluate(learner.average, config.env, config.episodes, config.context,
                                  eval_seed)                   # the same in every process
                 log.row(score, steps, learner.updates)
-                if sum_over_ranks(over or score["return_mean"] >= log.goal):
+                if sum_over_ranks(over or log.reached_goal()):
                     return log.folder
             if sum_over_ranks(log.checkpoint_due()):
                 save_run(log.folder, run)
@@ -1365,7 +1363,7 @@ def train(config, saved=None):
                     buffer.add(trajectory)
                     log.returns.append(float(trajectory.reward.sum()))
             log.progress(collector.env_steps)
-        raise KeyboardInterrupt("everything is saved; --resume continues")
+    raise KeyboardInterrupt("everything is saved; --resume continues")
 
 
 def hindsight(config, env, rng):
@@ -1383,9 +1381,13 @@ def hindsight(config, env, rng):
 # ==================================================================================================
 # 11. Checkpoint
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
-def save_run(folder, run, final=False):
+def save_run(folder, run, final=False, end=None):
     """Write all it takes to continue `run`, the dict of `train`'s parts, exactly. Every process
-    hands its own to the first, which writes. A full disk is reported; at the end, an OSError."""
+    hands its own to the first, which writes. A full disk is reported; at the end, an OSError.
+    end: the exception that ended the run, if any."""
+    together = world_size() == 1 or isinstance(end, NonFiniteLoss)
+    if end and not together or isinstance(end, KeyboardInterrupt):
+        return               # in the middle of something, or alone: the previous checkpoint stays
     learner = run["learner"]
     own = dict(buffer=run["buffer"].state(), collector=run["collector"].state(),
                rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
@@ -1397,7 +1399,7 @@ def save_run(folder, run, final=False):
         state = dict(version=VERSION, config=dataclasses.asdict(learner.config),
                      spec=dataclasses.asdict(learner.agent.spec), learner=learner.state(),
                      env_steps=run["collector"].env_steps, log=run["log"].state(),
-                     processes=processes)
+                     processes=dict(enumerate(processes)))
         with contextlib.nullcontext() if final else report_disk_trouble():
             save_checkpoint(folder / "checkpoint.pt", state)
 
@@ -1435,13 +1437,13 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(folder, device="cpu"):
     """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
-    UsageError if there is none, or one that is damaged, foreign or of another version."""
+    UsageError if there is none, or one that is damaged, foreign, of another version or env."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
     try:
         with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
-            broken = archive.testzip()
+            broken = archive.testzip() or any(x.external_attr for x in archive.infolist())
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:                             # any byte of it may be wrong
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
@@ -1450,6 +1452,8 @@ def load_checkpoint(folder, device="cpu"):
         raise UsageError(f"{path} is damaged" if broken else
                          f"{path} has version {version}, this program reads {VERSION}")
     config, spec = Config(**state["config"]), Spec(**state["spec"])
+    if Spec.of(environments.make_env(config.env)) != spec:
+        raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
     agent = Agent(spec, config).to(device).eval()
     agent.load_state_dict(state["learner"]["average"])
     agent.keep()
@@ -1459,10 +1463,8 @@ def load_checkpoint(folder, device="cpu"):
 def resumed_config(given, folder):
     """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
     UsageError for an option that may not change."""
-    config, agent, state = load_checkpoint(folder)
+    config, _, state = load_checkpoint(folder)
     config = environments.changed_options(config, given)
-    if Spec.of(environments.make_env(config.env)) != agent.spec:
-        raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
     if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
         raise UsageError(f"{folder} was trained by {len(state['processes'])} processes; resume it"
                          " with as many")
@@ -1513,7 +1515,11 @@ def main(argv=None):
     except (UsageError, ModuleNotFoundError) as problem:
         print(f"amago_min.py: {problem}", file=sys.stderr)
         return 2
-    except (NonFiniteLoss, BrokenEnvironment, OSError, dist.DistError) as problem:
+    except (RuntimeError, OSError) as problem:
+        if isinstance(problem, dist.DistError) or "gloo" in str(problem):    # torch's own words
+            problem = "another process of this job ended"
+        elif not isinstance(problem, (NonFiniteLoss, BrokenEnvironment, OSError)):
+            raise
         print(f"amago_min.py stopped: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as saved:

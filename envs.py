@@ -80,8 +80,11 @@ def make_env(name, seed=None, **options):
 
     With a seed, the first plain `reset()` gives what `reset(seed=seed)` would give.
     """
-    suite, rest, written = parse_name(name)
-    env = SUITES[suite](rest, **{**written, **options})
+    try:
+        suite, rest, written = parse_name(name)
+        env = SUITES[suite](rest, **{**written, **options})
+    except ValueError as problem:
+        raise UsageError(problem) from problem
     if seed is not None:
         gymnasium.Env.reset(env, seed=seed)  # seeds env.np_random and nothing else
         env.first_seed = seed
@@ -2064,6 +2067,7 @@ class Shard:
 
     def begin(self, i, options=None):
         """Reset environment i -> (first observation, env.episode)"""
+        self.now = i
         observation, _ = self.envs[i].reset(options=options)
         self.time[i], self.actions[i] = 0, []
         self.check(i, observation)
@@ -2077,6 +2081,7 @@ class Shard:
         the episode ended, else None)"""
         results = []
         for i, (env, action) in enumerate(zip(self.envs, actions)):
+            self.now = i
             observation, reward, terminated, truncated, info = env.step(action)
             self.time[i] += 1
             self.actions[i].append(action)
@@ -2161,7 +2166,8 @@ class ParallelEnvs:
         """Start a Shard's `command`; arguments: one per environment, or None."""
         self.sent = command, arguments
         for pipe, part in zip(self.pipes, self.parts):
-            pipe.send((command, None if arguments is None else arguments[part]))
+            with contextlib.suppress(BrokenPipeError):    # `receive` will notice
+                pipe.send((command, None if arguments is None else arguments[part]))
 
     def receive(self):
         """-> what the command gave, a list with one entry per environment"""
@@ -2172,7 +2178,7 @@ class ParallelEnvs:
         for pipe in self.pipes:
             try:
                 result = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 raise BrokenEnvironment("a worker process that steps environments died") from None
             if isinstance(result, Exception):
                 raise result
@@ -2201,6 +2207,9 @@ def serve(pipe, *arguments):
                 shard = shard or Shard(*arguments)
                 pipe.send(getattr(shard, command)(argument))
             except Exception as problem:
+                if shard and not isinstance(problem, BrokenEnvironment):
+                    problem = shard.broken(shard.now, f"{type(problem).__name__}: {problem}"
+                                           " (--workers 0 shows where)")
                 pipe.send(problem)
 
 
@@ -2315,7 +2324,8 @@ class Log:
         self.returns, self.sums, self.count = [], {}, 0       # since the last row
         self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
         self.saved_at = time.monotonic()
-        self.folder = Path(config.resume) if config.resume else output_folder(config)
+        self.folder = (Path(config.resume or config.out) if config.resume or not writes
+                       else output_folder(config))
         known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
         until = f"return {self.goal:g} or " if self.goal < math.inf else ""
         self.header = (
@@ -2327,8 +2337,8 @@ class Log:
 
     @contextlib.contextmanager
     def files(self, save):
-        """Write everything that a run leaves, however the `with` block ends; save() is called
-        before the last files."""
+        """Write everything that a run leaves, however the `with` block ends; save(the exception
+        that ended it, or None) is called before the last files."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             versions = {name: importlib.metadata.version(name)
@@ -2340,13 +2350,20 @@ class Log:
                                           commit=git.stdout.strip(), command=" ".join(sys.argv)))
             self.csv()
             tqdm.write(self.header)
+        end = None
         try:
             yield
+        except BaseException as problem:
+            end = problem
+            raise
         finally:
             self.bar.close()
-            save()
+            save(end)
             if self.rows and self.writes:
                 self.finish()
+
+    def reached_goal(self):
+        return bool(self.rows) and self.rows[-1]["return_mean"] >= self.goal
 
     def progress(self, env_steps):
         self.bar.update(env_steps - self.bar.n)
@@ -2479,12 +2496,14 @@ def plot_curve(rows, env, path):
 @contextlib.contextmanager
 def catch_signals():
     """Inside this `with` block Ctrl-C and SIGTERM only set an event, so that a run ends between two
-    steps, with everything consistent. A second one interrupts at once."""
-    caught = threading.Event()
+    steps, with everything consistent. One more, at least a second later (torchrun passes on the
+    Ctrl-C that every process had already), interrupts at once."""
+    caught, first = threading.Event(), []
 
     def handler(number, frame):
-        if caught.is_set():
+        if first and time.monotonic() > first[0] + 1:
             raise KeyboardInterrupt
+        first.append(time.monotonic())
         caught.set()
     main = threading.current_thread() is threading.main_thread()     # only it gets signals
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()

@@ -1,0 +1,755 @@
+"""A run loses nothing: resumed exactly, whatever killed it, with any number of processes.
+
+Most of it runs in forks of the test process, which have torch loaded already. KILLS=30 kills 30
+times instead of 5.
+"""
+
+import contextlib
+import csv
+import errno
+import math
+import os
+import pathlib
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+
+import amago_min as am
+from probes import Choice, Memory, Probe, use
+
+PROGRAM = pathlib.Path(am.__file__)
+POLE = "gym:CartPole-v1?horizon=15"
+SAVE_ALWAYS = ["--checkpoint-minutes", "0"]
+
+
+@pytest.fixture(autouse=True)
+def small_and_alone(tmp_path, monkeypatch):
+    """In an empty folder, with a tiny agent and a quick curve.png."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(am.SIZES, "nano", dict(width=16, layers=2, heads=2, ff=32, hidden=16,
+                                               lr=1e-3))
+    monkeypatch.setattr(am.environments, "plot_curve",
+                        lambda rows, env, path: path.write_text(f"{len(rows)} rows"))
+
+
+def train(env, steps, *more):
+    """Evaluations at 0, 60, ... 300; rollouts longer than the context, a buffer that overflows.
+    -> arguments of a run"""
+    return ["--env", env, "--env-steps", str(steps), "--parallel-envs", "3", "--episodes", "2",
+            "--batch", "4", "--context", "8", "--buffer-steps", "100", "--replay-ratio", "4",
+            "--eval-every", "60", "--target-return", "none", "--threads", "1", *more]
+
+
+def resume(folder, steps, *more):
+    return ["--resume", folder, "--env-steps", str(steps), *more]
+
+
+def saved(folder):
+    return torch.load(pathlib.Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+TIMES = ("seconds", "acts_per_s", "updates_per_s", "acting", "learning")
+
+
+def numbers(folder):
+    """log.csv as it stands there, without the columns that a clock measured."""
+    with open(pathlib.Path(folder) / "log.csv", newline="") as file:
+        return [[x for name, x in row.items() if name not in TIMES] for row in csv.DictReader(file)]
+
+
+def essence(state):
+    """A checkpoint without the clock and without the options, some of which may change."""
+    rows = [{name: x for name, x in row.items() if name not in TIMES} for row in
+            state["log"]["rows"]]
+    return dict(state, config=None, log=dict(state["log"], rows=rows, clock=None))
+
+
+def different(a, b, path="state"):
+    """The places where two nested states differ by a bit (a NaN is like any other)."""
+    if type(a) is not type(b):
+        return [f"{path}: {type(a).__name__} and {type(b).__name__}"]
+    if isinstance(a, dict):
+        if list(a) != list(b):
+            return [f"{path}: {list(a)} and {list(b)}"]
+        return sum((different(a[name], b[name], f"{path}.{name}") for name in a), [])
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{path}: {len(a)} and {len(b)} entries"]
+        return sum((different(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b))), [])
+    if torch.is_tensor(a):
+        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == \
+            b.numpy().tobytes()
+    else:
+        same = a == b or a != a and b != b
+    return [] if same else [path]
+
+
+STRAIGHT = {}    # environment -> what 6 evaluations without an interruption leave
+
+
+def assert_like_straight(folder, env=POLE):
+    """The run in `folder` is, bit for bit, one of 300 steps that was never interrupted."""
+    if env not in STRAIGHT:
+        assert am.main(train(env, 300, "--out", "straight")) == 0
+        STRAIGHT[env] = numbers("straight"), essence(saved("straight"))
+    rows, state = STRAIGHT[env]
+    assert [row[0] for row in rows] == ["0", "60", "120", "180", "240", "300"]
+    assert numbers(folder) == rows
+    assert different(essence(saved(folder)), state) == []
+    assert not list(pathlib.Path(folder).glob("*.tmp"))
+
+
+def one_line(text):
+    assert text.endswith("\n") and text.count("\n") == 1, text
+    return text
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+# ---- processes ----
+
+
+def fork(call, name="fork"):
+    """Run call() in a fork, its output in name.out and name.err -> process id. The exit code is
+    what call gives."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        for descriptor, end in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{name}.{end}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        code = call()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(pid, seconds=60):
+    """The exit code of a fork, -9 for one that was killed; it must not take longer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail(f"still running after {seconds} s")
+
+
+def fork_main(argv, before=lambda: None, name="fork"):
+    """am.main(argv) in a fork, after before()."""
+    return fork(lambda: (before(), am.main(argv))[1], name)
+
+
+def call_at(owner, name, number, action):
+    """Replace the function owner.name by one whose call number `number` calls action(*arguments)
+    instead."""
+    real, calls = getattr(owner, name), []
+
+    def counted(*arguments, **options):
+        calls.append(name)
+        return (action if len(calls) == number else real)(*arguments, **options)
+    setattr(owner, name, counted)
+
+
+def kill_me(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- exactly the same run (T20) ----
+
+
+class Told(Memory):
+    """Observes a dict of a vector and an instruction."""
+    observation_space = gymnasium.spaces.Dict(vector=Box(-1, 1, (1,), np.float32),
+                                              instruction=Box(0, 4, (2, 3), np.int32))
+
+    def look(self):
+        return dict(vector=super().look(), instruction=np.full((2, 3), self.secret, np.int32))
+
+
+ENVS = [POLE, "gym:Pendulum-v1?horizon=15", "meta:popgym:MineSweeper?episodes=2", "probe"]
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_three_and_three_evaluations_are_six(env, monkeypatch):
+    """Catches anything that a checkpoint does not hold or does not give back: a weight, a moment of
+    the optimiser, a statistic, a rollout, a half-played episode, a random state, a counter."""
+    if env == "probe":
+        use(monkeypatch, Told)
+    assert am.main(train(env, 120, "--out", "run")) == 0
+    middle = saved("run")
+    assert middle["learner"]["updates"] and middle["learner"]["optimizer"]["state"]
+    assert am.main(resume("run", 300)) == 0
+    assert_like_straight("run", env)
+
+
+def test_any_number_of_workers_gives_the_same_run():
+    """Catches worker processes whose results come in another order, and a half-played episode that
+    they do not begin again."""
+    assert am.main(train(POLE, 120, "--out", "run", "--workers", "2")) == 0
+    assert am.main(resume("run", 300, "--workers", "5")) == 0
+    assert_like_straight("run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_the_same_run(number, monkeypatch, capfd):
+    """Catches a signal that kills or that comes between an update and its targets, and steps that
+    are lost or played twice."""
+    update = am.Learner.update
+
+    def interrupted(self, batch):
+        if self.updates == 7:
+            signal.raise_signal(number)
+        return update(self, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(am.Learner, "update", interrupted)
+        assert am.main(train(POLE, 300, "--out", "run")) == 130
+    assert "--resume" in one_line(capfd.readouterr().err)
+    assert 7 < saved("run")["learner"]["updates"] < 15
+    assert am.main(resume("run", 300)) == 0
+    assert_like_straight("run")
+
+
+# ---- kill -9 ----
+
+
+def test_kill_at_any_moment():
+    """Catches a checkpoint that is missing, torn or older than one that was there, at whatever
+    moment the process dies."""
+    kills, left, steps = 0, [], 0
+    argv = train(POLE, 300, "--out", "run", *SAVE_ALWAYS)
+    while kills < int(os.environ.get("KILLS", 5)):
+        pid = fork_main(argv)
+        time.sleep(random.uniform(0, 1) ** 2)
+        os.kill(pid, signal.SIGKILL)
+        code = exit_code(pid)
+        assert code in (0, -signal.SIGKILL), pathlib.Path("fork.err").read_text()
+        kills += code != 0
+        left += pathlib.Path().glob("run/*.tmp")
+        if pathlib.Path("run/checkpoint.pt").exists():
+            state = am.load_checkpoint("run")[-1]
+            assert state["env_steps"] >= steps
+            steps, argv = state["env_steps"], resume("run", 300)
+    print(f"{kills} kills, {len(left)} of them while a checkpoint was written, {steps} steps")
+    assert am.main(resume("run", 300) if steps else argv) == 0
+    assert_like_straight("run")
+
+
+def half_a_file(state, file):
+    file.write(b"x" * 1000)
+    file.flush()
+    kill_me()
+
+
+@pytest.mark.parametrize("owner, name, action", [
+    (torch, "save", half_a_file), (os, "fsync", kill_me), (os, "replace", kill_me)],
+    ids=["save", "fsync", "replace"])
+def test_kill_in_the_middle_of_a_write(owner, name, action):
+    """Catches a checkpoint that is written over the previous one."""
+    argv = train(POLE, 300, "--out", "run", *SAVE_ALWAYS)
+    assert exit_code(fork_main(argv, lambda: call_at(owner, name, 50, action))) == -9
+    assert {path.name for path in pathlib.Path("run").glob("checkpoint*")} == {
+        "checkpoint.pt", "checkpoint.pt.tmp"}
+    assert am.load_checkpoint("run")[-1]["env_steps"] == 3 * 48        # the first was at step 0
+    assert am.main(resume("run", 300, "--checkpoint-minutes", "10")) == 0
+    assert_like_straight("run")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_previous_one(monkeypatch, tmp_path):
+    """Catches a rename that outruns the data: after a power cut the file would be empty."""
+    calls = []
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        monkeypatch.setattr(owner, name, lambda *arguments, real=getattr(owner, name), name=name: (
+            real(*arguments), calls.append(name)))
+    am.save_checkpoint(tmp_path / "checkpoint.pt", dict(x=np.zeros(3)))
+    assert calls == ["save", "fsync", "replace"]
+    assert saved(tmp_path)["x"].tolist() == [0, 0, 0]
+
+
+# ---- damaged and foreign checkpoints ----
+
+
+def refused(folder):
+    """load_checkpoint's message, one line; None if it loads exactly what is in `original`."""
+    try:
+        state = am.load_checkpoint(folder)[-1]
+    except am.UsageError as problem:
+        return one_line(f"{problem}\n")
+    assert different(state, saved("original")) == []
+
+
+def test_damaged_checkpoints():
+    """Catches a wrong byte that becomes a wrong number, and a traceback: whatever is done to the
+    file, it is refused in one line or loads exactly what was saved."""
+    rng = random.Random(0)
+    assert am.main(train(POLE, 120, "--out", "original")) == 0
+    good = pathlib.Path("original/checkpoint.pt").read_bytes()
+    # Where a file says what is where: the heads of the archive's parts, and its directory.
+    with zipfile.ZipFile("original/checkpoint.pt") as archive:
+        heads = [part.header_offset for part in archive.infolist()]
+        directory = archive.start_dir
+    places = ([rng.randrange(len(good)) for _ in range(60)]
+              + [rng.choice(heads) + rng.randrange(64) for _ in range(40)]
+              + [rng.randrange(directory, len(good)) for _ in range(60)])
+    damaged = [good[:i] + bytes([good[i] ^ rng.randrange(1, 256)]) + good[i + 1:] for i in places]
+    damaged += [good[:rng.randrange(len(good))] for _ in range(20)] + [good[:-1], good[:4], b""]
+    os.mkdir("copy")
+    messages = []
+    for content in damaged:
+        pathlib.Path("copy/checkpoint.pt").write_bytes(content)
+        messages.append(refused("copy"))
+    assert all("copy/checkpoint.pt is damaged" in text for text in messages if text)
+    assert all(messages[-23:]) and sum(map(bool, messages[:60])) > 50    # data, nearly all of it
+    assert refused("original") is None
+
+
+class Foreign:
+    """Writes a file where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+FOREIGN = {"text": "a text\n", "a list": [torch.zeros(3)], "a number": 3, "code": Foreign(),
+           "no version": dict(model=torch.zeros(3)), "another version": dict(version=1)}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("flag", ["--resume", "--eval"])
+def test_foreign_checkpoints(content, flag, capsys):
+    """Catches a traceback, a message that does not name the file, and code that a file runs."""
+    os.mkdir("run")
+    path = pathlib.Path("run/checkpoint.pt")
+    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
+    before = contents(".")
+    assert am.main([flag, "run"]) == 2
+    message = one_line(capsys.readouterr().err)
+    assert "run/checkpoint.pt" in message and contents(".") == before
+    assert ("version" in message) == (not isinstance(content, (str, Foreign)))
+    assert not pathlib.Path("unpickled").exists()
+
+
+def test_a_checkpoint_that_does_not_fit(monkeypatch, capsys):
+    """Catches a run that goes on with other spaces, without its environment or with another number
+    of processes, and one that is not resumed on a machine without the device that it names."""
+    use(monkeypatch, Choice)
+    assert am.main(train("probe", 20, "--out", "run")) == 0
+    before = contents("run")
+
+    def complaint(*argv):
+        capsys.readouterr()
+        assert am.main(list(argv)) == 2 and contents("run") == before
+        return one_line(capsys.readouterr().err)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "by 1 processes" in complaint("--resume", "run")
+    monkeypatch.delenv("WORLD_SIZE")
+    for changed in (dict(observation_space=Box(-1, 1, (2,), np.float32)), dict(horizon=2),
+                    dict(action_space=gymnasium.spaces.Discrete(3))):
+        use(monkeypatch, Choice, **changed)
+        for flag in ("--resume", "--eval"):
+            assert "other spaces" in complaint(flag, "run")
+
+    def gone(name, seed=None):
+        raise ValueError(f"unknown environment {name!r}")
+    monkeypatch.setattr(am.environments, "make_env", gone)
+    for flag in ("--resume", "--eval"):
+        assert "unknown environment 'probe'" in complaint(flag, "run")
+
+    use(monkeypatch, Choice)
+    state = saved("run")
+    state["config"]["device"] = "cuda:77"
+    am.save_checkpoint("run/checkpoint.pt", state)
+    before = contents("run")
+    assert "cuda:77" in complaint("--resume", "run")
+    assert am.main(["--eval", "run", "--device", "cpu"]) == 0
+    assert am.main(resume("run", 30, "--device", "cpu")) == 0
+
+
+def walk(x, path=""):
+    """Every (path, part) of nested containers."""
+    yield path, x
+    if isinstance(x, (dict, list, tuple)):
+        for name, part in x.items() if isinstance(x, dict) else enumerate(x):
+            yield path, name
+            yield from walk(part, f"{path}.{name}")
+
+
+def test_a_checkpoint_is_plain_data(monkeypatch):
+    """Catches an object in a checkpoint, which only code could bring back."""
+    use(monkeypatch, Told)
+    assert am.main(train("probe", 120, "--out", "run")) == 0
+    plain = (torch.Tensor, int, float, bool, str, type(None), list, tuple, dict)
+    parts = list(walk(saved("run")))
+    assert len(parts) > 300
+    for path, x in parts:
+        assert isinstance(x, plain), f"{path} is a {type(x)}"
+    with zipfile.ZipFile("run/checkpoint.pt") as archive:
+        pickled = archive.read(next(x for x in archive.namelist() if x.endswith("data.pkl")))
+    named = {(module, name) for module, name in globals_of(pickled)}
+    assert {module for module, _ in named} <= {"torch._utils", "torch", "collections"}, named
+
+
+def globals_of(pickled):
+    """(module, name) of everything that unpickling would import."""
+    import pickletools
+    for opcode, argument, _ in pickletools.genops(pickled):
+        assert opcode.name != "STACK_GLOBAL"
+        if opcode.name == "GLOBAL":
+            yield tuple(argument.split(" "))
+
+
+# ---- what may change ----
+
+
+def test_what_may_change_on_resume(monkeypatch, capsys):
+    """Catches a run whose second half was trained with other options, and a complaint that leaves
+    the user alone with it or comes after something was written."""
+    use(monkeypatch, Choice)
+    assert am.main(train("probe", 30, "--out", "run")) == 0
+    before = contents(".")
+    for option in ("--lr 0.5", "--env gym:CartPole-v1", "--gammas 0.5 0.9", "--seed 3",
+                   "--bootstrap-truncated", "--out elsewhere", "--eval run", "--batch=5"):
+        capsys.readouterr()
+        assert am.main(["--resume", "run", *option.split()]) == 2
+        message = one_line(capsys.readouterr().err)
+        flag = option.split()[0].split("=")[0]
+        assert f"{flag} may not change" in message and "--env-steps" in message
+        assert "--lr" not in message.split("these may")[1]
+    assert contents(".") == before
+    assert am.main(["--resume", "run", "--env-steps", "60", "--seed", "0", "--batch", "4",
+                    "--workers", "0", "--episodes", "3", "--device", "cpu"]) == 0
+    state = saved("run")
+    assert state["env_steps"] == 60 and state["config"]["episodes"] == 3
+    assert state["config"]["batch"] == 4                  # not given a second time, not forgotten
+
+
+@pytest.mark.parametrize("goal", ["none", "0.5"])
+def test_a_finished_run_stays_as_it_is(goal, monkeypatch):
+    """Catches a row, a step or an update too many, after a run that ended at its last step and
+    after one that reached its goal."""
+    use(monkeypatch, Choice)
+    monkeypatch.setattr(am, "evaluate", lambda agent, *_, real=am.evaluate: dict(
+        real(agent, *_), return_mean=float(agent.popart.count > 0)))
+    assert am.main(train("probe", 1000, "--target-return", goal, "--out", "run")) == 0
+    before, state = contents("run"), saved("run")
+    assert (state["env_steps"] < 1000) == (goal != "none")
+    assert am.main(["--resume", "run"]) == 0
+    after = contents("run")
+    for name in ("log.csv", "eval.json", "curve.png"):
+        path = pathlib.Path("run") / name
+        assert after[path] == before[path], name
+    assert different(essence(saved("run")), essence(state)) == []
+
+
+# ---- a full disk ----
+
+
+def test_a_full_disk_costs_one_checkpoint(monkeypatch, capfd):
+    """Catches a run that ends because a checkpoint cannot be written, says nothing, or leaves half
+    a file: it goes on, the previous checkpoint intact, and writes again when there is room."""
+    save, intact = torch.save, []
+
+    def full(state, file):
+        if 100 <= state["env_steps"] <= 106:
+            file.write(b"x" * 10_000)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if state["env_steps"] == 108:
+            intact.append((saved("run")["env_steps"], os.listdir("run")))
+        save(state, file)
+    monkeypatch.setattr(torch, "save", full)
+    assert am.main(train(POLE, 300, "--out", "run", *SAVE_ALWAYS)) == 0
+    printed = [line for line in capfd.readouterr().out.splitlines() if "space left" in line]
+    assert len(printed) == 2 and all("not written: run/checkpoint.pt" in x for x in printed)
+    (steps, files), = intact
+    assert steps == 99 and set(files) == {"config.json", "log.csv", "checkpoint.pt",
+                                          "checkpoint.pt.tmp"}
+    assert_like_straight("run")
+
+
+def test_a_disk_that_stays_full():
+    """Catches a run that seems to have ended well although nothing of its second half was saved: it
+    trains to the end, says so in one line, and leaves the checkpoint of the first half."""
+    assert am.main(train(POLE, 120, "--out", "run", *SAVE_ALWAYS)) == 0
+    before = pathlib.Path("run/checkpoint.pt").read_bytes()
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+    assert exit_code(fork_main(resume("run", 300), fill)) == 1
+    assert "run/checkpoint.pt" in one_line(pathlib.Path("fork.err").read_text())
+    printed = pathlib.Path("fork.out").read_text().splitlines()
+    assert sum("not written: run/checkpoint.pt" in line for line in printed) >= 50
+    assert len(numbers("run")) == 6 and not list(pathlib.Path("run").glob("*.tmp"))
+    assert pathlib.Path("run/checkpoint.pt").read_bytes() == before
+    assert am.main(resume("run", 300, "--checkpoint-minutes", "10")) == 0
+    assert_like_straight("run")
+
+
+# ---- several processes (T22) ----
+
+
+def ranks(call, seconds=60):
+    """call(rank) in two forks that are ranks 0 and 1 of one job -> their exit codes. Each works in
+    a folder of its own, rank0 and rank1."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def run(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        os.makedirs(f"rank{rank}", exist_ok=True)
+        os.chdir(f"rank{rank}")
+        return call(rank) or 0
+    pids = [fork(lambda: run(rank), f"rank{rank}") for rank in (0, 1)]
+    try:
+        return [exit_code(pid, seconds) for pid in pids]
+    finally:
+        for pid in pids:                                  # one that a failed test left behind
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def batch_of(spec, lengths, seed):
+    """A fixed batch with rollouts of these lengths."""
+    rng, buffer = np.random.default_rng(seed), am.ReplayBuffer(spec, 1000, np.random.default_rng(0))
+    for length in lengths:
+        steps = np.arange(length + 1)
+        buffer.add(am.Trajectory(
+            dict(vector=3 * seed + rng.normal(size=(length + 1, 3)).astype(np.float32)),
+            rng.integers(spec.actions, size=length), rng.normal(seed, 2, length).astype(np.float32),
+            steps[1:] == length, steps == 0))
+    return lambda: buffer.sample(5, 9)
+
+
+def union(a, b):
+    """Both batches in one, the shorter padded."""
+    def join(x, y):
+        size = max(x.shape[1], y.shape[1])
+        return torch.cat([torch.nn.functional.pad(z, (0, 0) * (z.dim() - 2) + (
+            0, size - z.shape[1])) for z in (x, y)])
+    return am.each(join, a, b)
+
+
+def test_two_processes_learn_like_one(tmp_path):
+    """Catches gradients, PopArt, input or sigma statistics that two processes do not share, or in
+    which a process counts as much as the other although it has fewer steps: after 5 updates they
+    have one state, which is that of one process that learned from both batches."""
+    spec, config = am.Spec(vector=3, actions=4, horizon=9), am.Config(warmup=1)
+    batches = [batch_of(spec, (9, 8, 7), 1), batch_of(spec, (2, 1, 3, 5), 2)]
+
+    def learn(sample):
+        torch.manual_seed(0)
+        learner = am.Learner(am.Agent(spec, config).eval(), config)
+        # Adam divides a gradient by its size: without this, rounding errors of gradients that
+        # are zero would move weights by the full learning rate.
+        learner.optimizer.param_groups[0]["eps"] = 1e-3
+        info = [learner.update(sample()) for _ in range(5)]
+        return learner.state(), info
+
+    def rank(number):
+        am.join_processes()
+        torch.save(learn(batches[number])[0], "state.pt")
+    codes = ranks(rank)
+    assert codes == [0, 0], [pathlib.Path(f"rank{i}.err").read_text() for i in (0, 1)]
+    first, second = (torch.load(tmp_path / f"rank{i}/state.pt") for i in (0, 1))
+    assert different(first, second) == []
+    one, _ = learn(lambda: union(*(sample() for sample in batches)))
+    untrained = am.Learner(am.Agent(spec, config), config).state()["agent"]
+    for name, x in one["agent"].items():
+        torch.testing.assert_close(first["agent"][name], x, rtol=1e-4, atol=1e-5, msg=name)
+    assert any(not torch.allclose(untrained[name], x, atol=1e-3) for name, x in
+               one["agent"].items())
+
+
+def test_two_processes_are_one_run(tmp_path):
+    """Catches ranks that drift apart, play the same episodes, write the same files, or lose their
+    own half of the state on --resume."""
+    def main(argv, folder):
+        def rank(number):
+            learners = []
+            save = am.save_run
+            am.save_run = lambda folder, run, *more: (learners.append(run["learner"]),
+                                                       save(folder, run, *more))
+            if number == 1:                               # the other is far ahead, and writes
+                call_at(am.environments.Log, "__init__", 1, lambda log, *arguments, made=(
+                    am.environments.Log.__init__): (time.sleep(1), made(log, *arguments))[1])
+            code = am.main([*map(str, argv)])
+            torch.save(learners[-1].state(), tmp_path / f"{folder}-{number}.pt")
+            return code
+        codes = ranks(rank)
+        assert codes == [0, 0], [pathlib.Path(f"rank{i}.err").read_text() for i in (0, 1)]
+        return [torch.load(f"{folder}-{i}.pt") for i in (0, 1)]
+    first, second = main(train(POLE, 300, "--out", "straight"), "straight")
+    assert first["updates"] > 10 and different(first, second) == []
+    main(train(POLE, 120, "--out", tmp_path / "run"), "half")
+    first, second = main(resume(tmp_path / "run", 300), "run")
+    assert different(first, second) == []
+    assert os.listdir("rank1") == [] and pathlib.Path("rank1.out").read_text() == ""
+    assert set(os.listdir("run")) == set(os.listdir("rank0/straight")) == {
+        "config.json", "log.csv", "eval.json", "curve.png", "checkpoint.pt"}
+    assert numbers("run") == numbers("rank0/straight")
+    straight, run = saved("rank0/straight"), saved("run")
+    assert different(essence(run), essence(straight)) == []
+    a, b = run["processes"]
+    assert not torch.equal(a["buffer"]["tokens"]["obs"]["vector"],
+                           b["buffer"]["tokens"]["obs"]["vector"])
+    assert a["rng"] != b["rng"] and a["collector"]["envs"] != b["collector"]["envs"]
+
+
+@pytest.mark.parametrize("how", ["dies", "breaks"])
+def test_a_process_that_ends_takes_the_other_along(how):
+    """Catches a job that waits for ever for a process that died or whose environment broke."""
+    def rank(number):
+        if number == 1 and how == "dies":
+            call_at(am.Learner, "update", 5, lambda *_: os._exit(7))
+        if number == 1 and how == "breaks":
+            call_at(am.environments.Shard, "check", 120, lambda self, i, _: (_ for _ in ()).throw(
+                self.broken(i, "it broke")))
+        return am.main(train(POLE, 300, "--out", "run", *SAVE_ALWAYS))
+    codes = ranks(rank, seconds=40)
+    errors = [pathlib.Path(f"rank{i}.err").read_text() for i in (0, 1)]
+    assert codes == [1, 7 if how == "dies" else 1], errors
+    assert "stopped: " in one_line(errors[0])
+    if how == "breaks":
+        assert "it broke" in one_line(errors[1])
+    am.load_checkpoint("rank0/run")
+
+
+JOB = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import amago_min as am
+if os.environ["RANK"] == "1":
+    def update(self, batch, update=am.Learner.update):
+        if self.updates == 3:
+            os._exit(7)
+        return update(self, batch)
+    am.Learner.update = update
+sys.exit(am.main())
+"""
+
+
+def torchrun(*argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-port", "0", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_torchrun_ends_when_a_process_dies(tmp_path):
+    """Catches a job that hangs, or that seems to have ended well; and a run that cannot be resumed
+    afterwards."""
+    (tmp_path / "job.py").write_text(JOB.format(folder=str(PROGRAM.parent)))
+    start = time.monotonic()
+    job = torchrun("job.py", *train(POLE, 300, "--out", "run",
+                                    *SAVE_ALWAYS))
+    assert job.returncode != 0 and time.monotonic() - start < 90, job.stderr
+    assert "amago_min.py stopped: another process of this job ended" in job.stderr, job.stderr
+    assert 0 < saved("run")["env_steps"] < 300
+    job = torchrun(PROGRAM, *resume("run", 300))
+    assert job.returncode == 0, job.stderr
+    assert saved("run")["env_steps"] >= 300
+
+
+# ---- worker processes ----
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_workers_end_with_their_parent():
+    """Catches processes that a killed run leaves behind for ever."""
+    pid = fork_main(train(POLE, 10**6, "--out", "run", "--workers", "2"))
+    end, log = time.monotonic() + 60, pathlib.Path("run/log.csv")
+    while time.monotonic() < end and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    children = [int(x) for x in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len(children) >= 2 and all(map(alive, children))
+    os.kill(pid, signal.SIGKILL)
+    assert exit_code(pid) == -9
+    end = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+
+
+def forked_workers(monkeypatch):
+    """Workers that know the probes, too."""
+    get = am.environments.multiprocessing.get_context
+    monkeypatch.setattr(am.environments.multiprocessing, "get_context", lambda _: get("fork"))
+
+
+class Faulty(Probe):
+    """The one with number `bad` goes wrong at its 30th step."""
+    horizon, lived, bad, wrong = 4, 0, 0, None
+
+    def pay(self, action):
+        self.lived += 1
+        if self.lived == 30 and self.np_random_seed == 1_000_000 + self.bad:
+            return self.wrong()
+        return 1
+
+
+WRONG = {"nan": lambda: math.nan, "error": lambda: 1 // 0, "death": lambda: os._exit(3)}
+
+
+@pytest.mark.parametrize("bad", [0, 4])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
+    """Catches a run that hangs, ends in a traceback or without its checkpoint, or that blames an
+    environment of another worker."""
+    forked_workers(monkeypatch)
+    use(monkeypatch, Faulty, bad=bad, wrong=WRONG[wrong])
+    assert am.main(train("probe", 1000, "--out", "run", "--parallel-envs", "5", "--workers", "2",
+                         *SAVE_ALWAYS)) == 1
+    message = one_line(capfd.readouterr().err)
+    assert "probe" in message or wrong == "death"
+    assert (f"environment {bad}" in message) == (wrong != "death")
+    assert {"nan": "reward is nan", "error": "ZeroDivisionError", "death": "worker"}[wrong] in message
+    assert am.load_checkpoint("run")[-1]["env_steps"] >= 29 * 5
+
+
+def test_a_worker_that_was_killed_once(monkeypatch, capfd):
+    """Catches a run that a dead worker, out of memory perhaps, has spoiled for good."""
+    forked_workers(monkeypatch)
+    receive = am.environments.ParallelEnvs.receive
+
+    def killed(envs):
+        os.kill(envs.processes[0].pid, signal.SIGKILL)
+        return receive(envs)
+    with monkeypatch.context() as patch:
+        patch.setattr(am.environments.ParallelEnvs, "receive", receive)
+        call_at(am.environments.ParallelEnvs, "receive", 30, killed)
+        assert am.main(train(POLE, 300, "--out", "run", "--workers", "2")) == 1
+    assert "worker" in one_line(capfd.readouterr().err)
+    state = saved("run")
+    assert 60 < state["env_steps"] < 90 and state["learner"]["updates"] > 3
+    assert am.main(resume("run", 300, "--workers", "0")) == 0
+    assert len(numbers("run")) == 6
