@@ -7,8 +7,7 @@ ensemble of critics sit on the Transformer's outputs; they learn off-policy from
 whole rollouts, for many discount factors at once, in ONE update with ONE optimiser.
 
     python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
-    python amago_min.py --env popgym:AutoencodeEasy --env-steps 500000 --out runs/autoencode
-    python amago_min.py --eval runs/autoencode --episodes 200
+    python amago_min.py --eval runs/popgym-RepeatPrevious-0 --episodes 200
     python amago_min.py --help                             # every option, with default and meaning
 
 How to read it
@@ -58,7 +57,6 @@ from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, Usage
                   read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
-
 # ==================================================================================================
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
@@ -142,8 +140,7 @@ class Config:
                              " nor auto")
 
     def torch_device(self):
-        """The device to compute on; under torchrun, a GPU for each process. UsageError if it is not
-        there."""
+        """The device to compute on; under torchrun, a GPU for each process."""
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         auto = cuda if torch.cuda.is_available() else "cpu"
         name = dict(auto=auto, cuda=cuda).get(self.device, self.device)
@@ -222,8 +219,7 @@ class KVCache:
         env 0   [ k0   k1   k2   --- ]           3       --- = not written: NaN, masked out
         env 1   [ k4   k5   k2   k3  ]           6       4 slots: k4 and k5 replaced k0 and k1
 
-    Unwritten keys are NaN so that a mistake in the mask is loud. Values are zero instead, because a
-    masked weight of exactly 0 times NaN would still be NaN.
+    Unwritten keys are NaN so that a mistake in the mask is loud; values are 0, as 0 NaN is NaN.
 
     keys, values: (layers, N, H, context, d_head); length: (N,) numpy, tokens since the reset.
     """
@@ -264,10 +260,7 @@ class KVCache:
 
 def rotate(x, cos, sin):
     """Rotary positions [7]: turn each pair (x_i, x_{i + d/2}) by an angle proportional to time, so
-    that a query-key product depends on how long ago, not on when.
-
-    x (B, H, T, d), cos and sin (B or 1, 1, T, d/2) -> (B, H, T, d)
-    """
+    that a query-key product depends on how long ago, not on when. x (B, H, T, d) -> the same."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -684,15 +677,7 @@ CRITIC_WEIGHT, ONLINE_WEIGHT, OFFLINE_WEIGHT = 10.0, 1.0, 0.1    # [1] Table 4
 
 
 class Agent(nn.Module):
-    """Encoder, Transformer, actor, critics, their targets and PopArt.
-
-        call                  what                                   shape
-        trunk(tokens)         what the agent knows at every step     (B, T+1, D)
-        actor(s)              G policies                             a distribution, batch (..., G)
-        critics(s [, a])      C x G values, see Critics              (..., C, G [, A])
-        act(tokens, cache)    an action per environment              (N,) or (N, A)
-        loss(batch)           the training loss, and what to log     scalar, dict
-    """
+    """Encoder, Transformer, actor, critics, their targets and PopArt, for a Spec and a Config."""
 
     def __init__(self, spec, config):
         super().__init__()
@@ -814,11 +799,8 @@ def clean_padding(tokens, mask):
     tokens (B, T+1, ...), mask (B, T) of transitions -> tokens, mask of tokens (B, T+1)
     """
     token_mask = F.pad(mask, (1, 0), value=True)
-
-    def clean(x):
-        return torch.where(token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), x,
-                           torch.zeros((), dtype=x.dtype, device=x.device))
-    return each(clean, tokens), token_mask
+    return each(lambda x: x.masked_fill(
+        ~token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), 0), tokens), token_mask
 
 
 # ==================================================================================================
@@ -1288,11 +1270,11 @@ def process_rank():
 
 def sum_over_ranks(x):
     """Sum of a tensor (in place) or number over all processes: the same in each of them."""
-    if world_size() == 1:
-        return x
-    total = x if torch.is_tensor(x) else torch.tensor(float(x))
-    dist.all_reduce(total)
-    return total if torch.is_tensor(x) else total.item()
+    if world_size() > 1:
+        total = x if torch.is_tensor(x) else torch.tensor(float(x))
+        dist.all_reduce(total)
+        x = total if torch.is_tensor(x) else total.item()
+    return x
 
 
 def gather_on_rank_0(x):
@@ -1367,8 +1349,7 @@ def train(config, saved=None):
 
 
 def hindsight(config, env, rng):
-    """-> what ReplayBuffer takes to relabel what it draws. UsageError if --relabel asks for what
-    the environment cannot give."""
+    """-> what ReplayBuffer takes to relabel what it draws: a function and a GoalRarity, or None."""
     if not hasattr(env, "max_achieved"):
         if config.relabel in ("some", "all"):
             raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions")
@@ -1383,9 +1364,8 @@ def hindsight(config, env, rng):
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
 def save_run(folder, run, final=False, end=None):
     """Write all it takes to continue `run`, the dict of `train`'s parts, exactly. Every process
-    hands its own to the first, which writes. A full disk is reported; at the end, an OSError.
-    end: the exception that ended the run, if any."""
-    together = world_size() == 1 or isinstance(end, NonFiniteLoss)
+    hands its own to the first, which writes. A full disk is reported; at the end, an OSError."""
+    together = world_size() == 1 or isinstance(end, NonFiniteLoss)      # end: what ended the run
     if end and not together or isinstance(end, KeyboardInterrupt):
         return               # in the middle of something, or alone: the previous checkpoint stays
     learner = run["learner"]
@@ -1393,7 +1373,7 @@ def save_run(folder, run, final=False, end=None):
                rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
     if torch.cuda.is_available():
         own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
-    processes = dict(enumerate(gather_on_rank_0(own)))
+    processes = gather_on_rank_0(own)
     run["log"].saved_at = time.monotonic()
     if process_rank() == 0:
         state = dict(version=VERSION, config=dataclasses.asdict(learner.config),
@@ -1443,14 +1423,14 @@ def load_checkpoint(folder, device="cpu"):
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
     try:
         with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
-            broken = archive.testzip() or any(x.external_attr for x in archive.infolist())
-        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+            if archive.testzip() or any(x.external_attr for x in archive.infolist()):
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
     except Exception as problem:                             # any byte of it may be wrong
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        version = state.get("version") if isinstance(state, dict) else "none"
-        raise UsageError(f"{path} is damaged" if broken else
-                         f"{path} has version {version}, this program reads {VERSION}")
+    if version != VERSION:
+        raise UsageError(f"{path} has version {version}, this program reads {VERSION}")
     config, spec = Config(**state["config"]), Spec(**state["spec"])
     if Spec.of(environments.make_env(config.env)) != spec:
         raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
@@ -1492,16 +1472,14 @@ def evaluate_saved(config):
     saved, agent, state = load_checkpoint(config.eval, config.torch_device())
     if config.threads:
         torch.set_num_threads(config.threads)
-    # Not below 2^31: seeds that no training has seen.
-    score = evaluate(agent, saved.env, config.episodes, saved.context, 2**31 + config.seed)
-    print(f"{saved.env} after {state['env_steps']:,} env steps: return {score['return_mean']:.3f}"
-          f" +- {score['return_std']:.3f} over {score['episodes']} episodes"
-          + ("" if math.isnan(score["success"]) else f", success {score['success']:.3f}"))
-    if len(score["inner_returns"]) > 1:
-        print("return of each inner episode:", *(f"{x:.3f}" for x in score["inner_returns"]))
+    if config.instruction:
+        saved.env += f"{'&' if '?' in saved.env else '?'}instruction={config.instruction}"
+    seed = 2**31 + config.seed                    # seeds that no training has seen
+    score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
+    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
     if config.render:
         from notebooks import plots               # drawing is not what this file is about
-        print(plots.render(agent, saved, config.render, seed=2**31 + config.seed))
+        print(plots.render(agent, saved, config.render, seed=seed))
 
 
 def main(argv=None):

@@ -2419,8 +2419,7 @@ class Log:
             "env", "return_mean", "return_std", "success", "episodes", "env_steps", "updates",
             "train_seconds", "seed")})
         plot_curve(self.rows, self.env, self.folder / "curve.png")
-        tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
-                   f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
+        tqdm.write(f"\n{in_words(self.rows[-1])} after {last['env_steps']:,} env steps,"
                    f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
                    f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
 
@@ -2459,6 +2458,17 @@ def summary(trajectories):
     return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
                 success=float(np.mean([trajectory.success for trajectory in trajectories])),
                 episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+
+
+def in_words(score):
+    """'return 0.998 +- 0.01 over 64 episodes', and what else `summary` found."""
+    text = (f"return {score['return_mean']:.3f} +- {score['return_std']:.3f} over"
+            f" {score['episodes']} episodes")
+    if not math.isnan(score["success"]):
+        text += f", success {score['success']:.3f}"
+    if len(score["inner_returns"]) > 1:
+        text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"])
+    return text
 
 
 def output_folder(config):
