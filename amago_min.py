@@ -12,8 +12,6 @@ whole rollouts, for many discount factors at once, in ONE update with ONE optimi
 
 How to read it
     15 minutes      Config, Trajectory (the picture), Agent.loss, train
-    architecture    SigmaLinear, KVCache, StableBlock, Transformer, TimestepEncoder, Actor, Critics
-    data            Trajectory -> Collector -> ReplayBuffer -> Agent.loss
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
 
 Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
@@ -409,9 +407,8 @@ class TimestepEncoder(nn.Module):
 
     The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
     normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
-    A picture goes through a small CNN; the ids of a map of textures, and an instruction, through an
-    embedding per word and a linear layer that sees all words in order. hide_plan: the goals after
-    the active one are hidden.
+    A picture goes through a small CNN; a map of textures, and an instruction, through an embedding
+    per word and a linear layer that sees all in order. hide_plan: the active goal is the last seen.
     """
 
     def __init__(self, spec, width, hidden, hide_plan=False):
@@ -712,9 +709,7 @@ class Agent(nn.Module):
 
     def keep(self):
         """For an agent that only acts, see SigmaLinear.keep."""
-        for layer in self.modules():
-            if isinstance(layer, SigmaLinear):
-                layer.keep()
+        self.apply(lambda layer: layer.keep() if isinstance(layer, SigmaLinear) else None)
 
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
@@ -1010,8 +1005,8 @@ class Exploration:
 
         epsilon = m [e_start - (e_start - e_end) t / horizon],      m ~ U(0, 1) anew at every reset
 
-    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades within
-    a rollout, where late steps need an early part that was played well, and over training. The
+    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades over
+    training and within a rollout, whose late steps need an early part that was played well. The
     random m keeps some rollouts nearly greedy at any time.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
     """
@@ -1041,12 +1036,9 @@ class Exploration:
 
 
 class Collector:
-    """N environments side by side, one batched token per step.
-
-    `act` starts a step in every environment, `receive` ends it and returns the rollouts that ended;
-    between the two, worker processes step while the caller learns. Rollouts in the making lie in
-    token_arrays of (N, horizon + 1, ...).
-    """
+    """N environments side by side, one batched token per step. `act` starts a step in all of them,
+    `receive` ends it and returns the rollouts that ended; between the two, worker processes step
+    while the caller learns. Rollouts in the making lie in token_arrays of (N, horizon + 1, ...)."""
 
     def __init__(self, env, n_envs, agent, context, seed, exploration=None,
                  bootstrap_truncated=False, workers=0):
@@ -1178,7 +1170,6 @@ class Learner:
     """The one optimiser, AdamW over everything that learns, with warm-up and clipping.
 
     `agent` learns; `average`, a running average of its weights, acts, is evaluated and is saved.
-    The learning policy swings from update to update, its average rises steadily (README).
 
         average <- (1 - r) average + r agent,    r = max(.01, 30 / (updates + 30))
     """
@@ -1287,15 +1278,12 @@ def gather_on_rank_0(x):
 
 def train(config, saved=None):
     """The main job -> the folder that holds everything it wrote. saved: a checkpoint to go on from.
-
     Raises UsageError before anything is written; KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
-    BrokenEnvironment after the checkpoint has been saved.
-    """
+    BrokenEnvironment after the checkpoint has been saved."""
     join_processes()
     device, rank = config.torch_device(), process_rank()
     keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)                            # every process begins with one agent
     env = environments.make_env(config.env)
     spec = Spec.of(env)
@@ -1458,20 +1446,18 @@ def parse_command_line(argv=None):
     values, given = read_command_line(Config, "amago_min.py", argv)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    with_eval = {"eval", "episodes", "render", "instruction", "seed", "device", "threads"}
-    wrong = sorted(given.keys() - with_eval if values["eval"] else
-                   given.keys() & {"render", "instruction"})
+    alone, with_eval = {"render", "instruction"}, {"eval", "episodes", "seed", "device", "threads"}
+    wrong = given.keys() - alone - with_eval if values["eval"] else given.keys() & alone
     if wrong:
         how = "does not go with" if values["eval"] else "goes with"
-        raise UsageError(f"--{wrong[0].replace('_', '-')} {how} --eval FOLDER")
+        raise UsageError(f"--{min(wrong).replace('_', '-')} {how} --eval FOLDER")
     return Config(**values), None
 
 
 def evaluate_saved(config):
     """--eval: load an agent, play, print what it reached, and --render one episode."""
     saved, agent, state = load_checkpoint(config.eval, config.torch_device())
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.instruction:
         saved.env += f"{'&' if '?' in saved.env else '?'}instruction={config.instruction}"
     seed = 2**31 + config.seed                    # seeds that no training has seen
