@@ -1,4 +1,4 @@
-"""Hindsight relabeling, from one rollout to learning; and --hide-plan, --memory. About 25 seconds.
+"""Hindsight relabeling, from one rollout to learning; and --hide-plan, --memory. About 30 seconds.
 
 `RELABEL_WALKS=5000 pytest tests/test_relabel.py -k walk` tries thousands of walks per world.
 """
@@ -231,16 +231,16 @@ def test_walks_hold_what_they_are_meant_to():
     relabeled or cut short."""
     for world in WORLDS:
         env, seen = make_env(world), dict(changed=0, cut=0, real=0, longest=0)
-        for seed in range(100):
+        for seed in range(50):
             old = random_walk(env, 60, seed)
             new = relabel(env, old, seed, "all")
             seen["changed"] += not np.array_equal(goals_of(new), goals_of(old))
             seen["cut"] += len(new) < len(old)
             seen["real"] += old.reward.any() and not old.success
             seen["longest"] = max(seen["longest"], int(new.reward.sum()))
-        assert seen["changed"] > 30 and seen["cut"] > 20, (world, seen)
+        assert seen["changed"] > 15 and seen["cut"] > 10, (world, seen)
         if "crafter" not in world and "goals=1" not in world:
-            assert seen["real"] > 10 and seen["longest"] >= 3, (world, seen)
+            assert seen["real"] > 5 and seen["longest"] >= 3, (world, seen)
 
 
 # ---- Algorithm 1 by hand ----
