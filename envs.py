@@ -1917,6 +1917,7 @@ class CrafterInstructions(Instructed):
     PLACES = [(x, y) for x in range(0, 61, 5) for y in range(0, 61, 5)]
     max_achieved = 4  # awake, and with the same action a stone placed, at a place, at a place
     action_space, keys = CrafterUndirected.action_space, CrafterUndirected.keys
+    draws_instruction = True  # render() lists the goals, so nobody else has to
 
     def __init__(self, **options):
         name = "crafter:instructions"

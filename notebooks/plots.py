@@ -105,11 +105,7 @@ def replay(env, trajectory, draw):
 
 def tokens_of(agent, trajectory, steps=None):
     """A whole rollout, or its first `steps` steps, as Agent.trunk reads it: each (1, T+1, ...)."""
-    def later(x):
-        return np.concatenate([np.zeros_like(x[:1]), x])     # with the token that it led to
-    tokens = dict(obs=trajectory.obs, action=later(trajectory.action),
-                  reward=later(trajectory.reward), reset=trajectory.reset,
-                  time=np.arange(len(trajectory) + 1))
+    tokens = dict(trajectory.tokens(), time=np.arange(len(trajectory) + 1))
     end = None if steps is None else steps + 1
     return am.each(lambda x: torch.from_numpy(x[None, :end]).to(agent.gammas.device), tokens)
 
@@ -392,8 +388,8 @@ def observation_panel(trajectory, env, part):
     if part == "instruction":
         return functools.partial(draw_instruction, trajectory, env), 1 + (x[0, :, 0] > 0).sum()
     labels = observation_labels(env, x.shape[1]) if part == "vector" else list(range(x.shape[1]))
-    name = "observation" if part == "vector" else part
-    return functools.partial(heat, x=x.T, labels=labels, what=name), min(max(3, x.shape[1]), 24)
+    name, most = ("observation", 24) if part == "vector" else (part, 10)
+    return functools.partial(heat, x=x.T, labels=labels, what=name), min(max(3, x.shape[1]), most)
 
 
 def observation_labels(env, number):
@@ -673,7 +669,7 @@ def draw_curves(axes, env, groups):
 # 7. Command line
 def main(argv=None):
     """-> exit code: 0 done, 1 nothing could be written or replayed, 2 bad arguments"""
-    parser = am.Parser(prog="plots.py", description=__doc__.split("\n")[0])
+    parser = environments.Parser(prog="plots.py", description=__doc__.split("\n")[0])
     what = parser.add_subparsers(dest="what", required=True, metavar="attention|values|curves")
     for name, text in (("attention", "every head over one rollout"),
                        ("values", "V for each gamma over one rollout")):

@@ -5,8 +5,10 @@ word: it is put into a copy of the repository, then the tests that guard the lin
 `python tests/mutate.py WORD` takes only the rows that contain WORD.
 """
 
+import concurrent.futures
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
@@ -421,8 +423,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      ".triu(1)\n    return", ".triu(2)\n    return", DRAW + "attention_is_the_one_of_the_network"),
     ("hooks stay on the agent", PLOTS,
      "hook.remove()", "pass", DRAW + "attention_of_a_beginning_is_the_beginning_of_attention"),
-    ("drawn tokens know their own reward", PLOTS,
-     "np.concatenate([np.zeros_like(x[:1]), x])", "np.concatenate([x, np.zeros_like(x[:1])])",
+    ("drawn tokens have another clock", PLOTS,
+     "time=np.arange(len(trajectory) + 1)", "time=np.arange(len(trajectory) + 1) + 1",
      DRAW + "tokens_are_those_of_training"),
     ("drawn values are the lowest critic's", PLOTS,
      "agent.popart.denormalize(agent.popart(q)).mean(1)",
@@ -459,40 +461,50 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
 ]
 
 
-def pytest(folder, tests):
-    """Exit code of pytest in `folder`; 1 means that a test failed. -1 after 120 s."""
+def pytest(folder, tests, seconds=120):
+    """Exit code of pytest in `folder`; 1 means that a test failed. -1 if it takes too long."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        return subprocess.run(command, cwd=folder, env=environment, timeout=120,
+        return subprocess.run(command, cwd=folder, env=environment, timeout=seconds,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     except subprocess.TimeoutExpired:
         return -1
 
 
+def verdict_on(mutant, copies):
+    """Put one bug into a free copy of the repository, and see its tests fail."""
+    bug, name, old, new, tests = mutant
+    copy = copies.get()
+    source = (copy / name).read_text()
+    (copy / name).write_text(source.replace(old, new))
+    code = pytest(copy, [tests])
+    (copy / name).write_text(source)
+    copies.put(copy)
+    verdict = {1: "caught", 0: "SURVIVED", -1: "TIMEOUT"}.get(code, f"pytest broke: {code}")
+    print(f"{bug:<44} {verdict:<9} {tests.removeprefix('tests/')}", flush=True)
+    return code == 1
+
+
 def main(word=""):
     mutants = [mutant for mutant in MUTANTS if any(word in text for text in mutant)]
-    sources = {name: (ROOT / name).read_text() for name in (AMAGO, "envs.py", PLOTS)}
-    stale = [f"{bug}: {old!r} occurs {sources[name].count(old)} times in {name}, not once"
-             for bug, name, old, _, _ in mutants if sources[name].count(old) != 1]
+    stale = [f"{bug}: {old!r} is not there exactly once, in {name}"
+             for bug, name, old, _, _ in mutants if (ROOT / name).read_text().count(old) != 1]
     if stale:
         sys.exit("\n".join(stale))
-    survivors, start = 0, time.perf_counter()
+    workers, start, copies = os.cpu_count() or 1, time.perf_counter(), queue.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder) / "repo"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
-        if pytest(copy, sorted({mutant[-1] for mutant in mutants})) != 0:
+        for i in range(workers):
+            copies.put(pathlib.Path(folder) / str(i))
+            shutil.copytree(ROOT, pathlib.Path(folder) / str(i), ignore=shutil.ignore_patterns(
+                ".*", "runs", "__pycache__", "results"))
+        clean = pathlib.Path(folder) / "0"
+        if pytest(clean, sorted({mutant[-1] for mutant in mutants}), seconds=900) != 0:
             sys.exit("the tests are not green to begin with")
-        for bug, name, old, new, tests in mutants:
-            (copy / name).write_text(sources[name].replace(old, new))
-            code = pytest(copy, [tests])
-            (copy / name).write_text(sources[name])
-            verdict = {1: "caught", 0: "SURVIVED", -1: "TIMEOUT"}.get(code, f"pytest broke: {code}")
-            survivors += code != 1
-            print(f"{bug:<44} {verdict:<9} {tests.removeprefix('tests/')}", flush=True)
-    print(f"{len(mutants) - survivors} of {len(mutants)} caught,"
-          f" {time.perf_counter() - start:.0f} s")
-    return 1 if survivors else 0
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            caught = sum(pool.map(lambda mutant: verdict_on(mutant, copies), mutants))
+    print(f"{caught} of {len(mutants)} caught, {time.perf_counter() - start:.0f} s")
+    return 0 if caught == len(mutants) else 1
 
 
 if __name__ == "__main__":
