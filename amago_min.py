@@ -7,14 +7,11 @@ ensemble of critics sit on the Transformer's outputs; they learn off-policy from
 whole rollouts, for many discount factors at once, in ONE update with ONE optimiser.
 
     python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
-    python amago_min.py --env popgym:AutoencodeEasy --env-steps 500000 --out runs/autoencode
-    python amago_min.py --eval runs/autoencode --episodes 200
+    python amago_min.py --eval runs/popgym-RepeatPrevious-0 --episodes 200
     python amago_min.py --help                             # every option, with default and meaning
 
 How to read it
     15 minutes      Config, Trajectory (the picture), Agent.loss, train
-    architecture    SigmaLinear, KVCache, StableBlock, Transformer, TimestepEncoder, Actor, Critics
-    data            Trajectory -> Collector -> ReplayBuffer -> Agent.loss
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
 
 Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
@@ -58,7 +55,6 @@ from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, Usage
                   read_command_line, report_disk_trouble)
 
 VERSION = 2    # of checkpoints
-
 # ==================================================================================================
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
@@ -142,8 +138,7 @@ class Config:
                              " nor auto")
 
     def torch_device(self):
-        """The device to compute on; under torchrun, a GPU for each process. UsageError if it is not
-        there."""
+        """The device to compute on; under torchrun, a GPU for each process."""
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         auto = cuda if torch.cuda.is_available() else "cpu"
         name = dict(auto=auto, cuda=cuda).get(self.device, self.device)
@@ -222,8 +217,7 @@ class KVCache:
         env 0   [ k0   k1   k2   --- ]           3       --- = not written: NaN, masked out
         env 1   [ k4   k5   k2   k3  ]           6       4 slots: k4 and k5 replaced k0 and k1
 
-    Unwritten keys are NaN so that a mistake in the mask is loud. Values are zero instead, because a
-    masked weight of exactly 0 times NaN would still be NaN.
+    Unwritten keys are NaN so that a mistake in the mask is loud; values are 0, as 0 NaN is NaN.
 
     keys, values: (layers, N, H, context, d_head); length: (N,) numpy, tokens since the reset.
     """
@@ -264,10 +258,7 @@ class KVCache:
 
 def rotate(x, cos, sin):
     """Rotary positions [7]: turn each pair (x_i, x_{i + d/2}) by an angle proportional to time, so
-    that a query-key product depends on how long ago, not on when.
-
-    x (B, H, T, d), cos and sin (B or 1, 1, T, d/2) -> (B, H, T, d)
-    """
+    that a query-key product depends on how long ago, not on when. x (B, H, T, d) -> the same."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -416,9 +407,8 @@ class TimestepEncoder(nn.Module):
 
     The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
     normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
-    A picture goes through a small CNN; the ids of a map of textures, and an instruction, through an
-    embedding per word and a linear layer that sees all words in order. hide_plan: the goals after
-    the active one are hidden.
+    A picture goes through a small CNN; a map of textures, and an instruction, through an embedding
+    per word and a linear layer that sees all in order. hide_plan: the active goal is the last seen.
     """
 
     def __init__(self, spec, width, hidden, hide_plan=False):
@@ -684,15 +674,7 @@ CRITIC_WEIGHT, ONLINE_WEIGHT, OFFLINE_WEIGHT = 10.0, 1.0, 0.1    # [1] Table 4
 
 
 class Agent(nn.Module):
-    """Encoder, Transformer, actor, critics, their targets and PopArt.
-
-        call                  what                                   shape
-        trunk(tokens)         what the agent knows at every step     (B, T+1, D)
-        actor(s)              G policies                             a distribution, batch (..., G)
-        critics(s [, a])      C x G values, see Critics              (..., C, G [, A])
-        act(tokens, cache)    an action per environment              (N,) or (N, A)
-        loss(batch)           the training loss, and what to log     scalar, dict
-    """
+    """Encoder, Transformer, actor, critics, their targets and PopArt, for a Spec and a Config."""
 
     def __init__(self, spec, config):
         super().__init__()
@@ -727,9 +709,7 @@ class Agent(nn.Module):
 
     def keep(self):
         """For an agent that only acts, see SigmaLinear.keep."""
-        for layer in self.modules():
-            if isinstance(layer, SigmaLinear):
-                layer.keep()
+        self.apply(lambda layer: layer.keep() if isinstance(layer, SigmaLinear) else None)
 
     def trunk(self, tokens, mask=None, cache=None):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
@@ -814,11 +794,8 @@ def clean_padding(tokens, mask):
     tokens (B, T+1, ...), mask (B, T) of transitions -> tokens, mask of tokens (B, T+1)
     """
     token_mask = F.pad(mask, (1, 0), value=True)
-
-    def clean(x):
-        return torch.where(token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), x,
-                           torch.zeros((), dtype=x.dtype, device=x.device))
-    return each(clean, tokens), token_mask
+    return each(lambda x: x.masked_fill(
+        ~token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), 0), tokens), token_mask
 
 
 # ==================================================================================================
@@ -987,16 +964,12 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
     reached = trajectory.achieved                                        # (T, M, W)
     # (1) n of the k goals were completed, at the steps `done`.
-    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
-    done, n = [], 0
-    for t in busy:
-        _, progress = reward_fn(goals, n, reached[t])
-        if progress > n:
-            done.append(t)
-            n = progress
+    done = np.flatnonzero(trajectory.reward)
+    n = len(done)
     # (2) Draw how many goals h to add,
     h = dict(none=0, some=int(rng.integers(k - n + 1)), all=k - n)[scheme]
     # (3) and so many other steps that reached something, with one of its goals each.
+    busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
     others = np.setdiff1d(busy, done)
     h = min(h, len(others))
     if h == 0:
@@ -1007,20 +980,18 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     else:
         steps, chosen = rarity.choose(reached, others, h, rng)
     # (4) Merge them with the completed ones in order of time; the tail stays as it was.
-    merged = sorted([*zip(done, range(n), goals[:n]), *zip(steps, range(n, n + h), chosen)],
-                    key=lambda entry: entry[:2])
-    instruction = np.concatenate([[goal for _, _, goal in merged], goals[n + h:]]).astype(np.int32)
+    met = sorted([*zip(done, goals), *zip(steps, chosen)], key=lambda pair: pair[0])
+    instruction = np.stack([goal for _, goal in met] + list(goals[n + h:]))
     # (5) Replay: rewards, what the agent sees, and the end, which now may come earlier.
-    reward, shown = np.zeros(T, np.float32), np.empty_like(trajectory.obs["instruction"])
-    ended, progress, begin = trajectory.done.copy(), 0, 0
+    reward, ended, progress = np.zeros(T, np.float32), trajectory.done.copy(), 0
+    shown = np.tile(show_fn(instruction, 0), (T + 1, 1, 1))
     for t in busy:
-        shown[begin:t + 1] = show_fn(instruction, progress)
         reward[t], progress = reward_fn(instruction, progress, reached[t])
-        begin = t + 1
+        if reward[t]:
+            shown[t + 1:] = show_fn(instruction, progress)
         if progress == k:
             ended[t], T = True, t + 1
             break
-    shown[begin:T + 1] = show_fn(instruction, progress)
     obs = {name: x[:T + 1] for name, x in dict(trajectory.obs, instruction=shown).items()}
     return dataclasses.replace(
         trajectory, obs=obs, action=trajectory.action[:T], reward=reward[:T], done=ended[:T],
@@ -1034,8 +1005,8 @@ class Exploration:
 
         epsilon = m [e_start - (e_start - e_end) t / horizon],      m ~ U(0, 1) anew at every reset
 
-    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades within
-    a rollout, where late steps need an early part that was played well, and over training. The
+    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades over
+    training and within a rollout, whose late steps need an early part that was played well. The
     random m keeps some rollouts nearly greedy at any time.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
     """
@@ -1065,12 +1036,9 @@ class Exploration:
 
 
 class Collector:
-    """N environments side by side, one batched token per step.
-
-    `act` starts a step in every environment, `receive` ends it and returns the rollouts that ended;
-    between the two, worker processes step while the caller learns. Rollouts in the making lie in
-    token_arrays of (N, horizon + 1, ...).
-    """
+    """N environments side by side, one batched token per step. `act` starts a step in all of them,
+    `receive` ends it and returns the rollouts that ended; between the two, worker processes step
+    while the caller learns. Rollouts in the making lie in token_arrays of (N, horizon + 1, ...)."""
 
     def __init__(self, env, n_envs, agent, context, seed, exploration=None,
                  bootstrap_truncated=False, workers=0):
@@ -1202,7 +1170,6 @@ class Learner:
     """The one optimiser, AdamW over everything that learns, with warm-up and clipping.
 
     `agent` learns; `average`, a running average of its weights, acts, is evaluated and is saved.
-    The learning policy swings from update to update, its average rises steadily (README).
 
         average <- (1 - r) average + r agent,    r = max(.01, 30 / (updates + 30))
     """
@@ -1294,11 +1261,11 @@ def process_rank():
 
 def sum_over_ranks(x):
     """Sum of a tensor (in place) or number over all processes: the same in each of them."""
-    if world_size() == 1:
-        return x
-    total = x if torch.is_tensor(x) else torch.tensor(float(x))
-    dist.all_reduce(total)
-    return total if torch.is_tensor(x) else total.item()
+    if world_size() > 1:
+        total = x if torch.is_tensor(x) else torch.tensor(float(x))
+        dist.all_reduce(total)
+        x = total if torch.is_tensor(x) else total.item()
+    return x
 
 
 def gather_on_rank_0(x):
@@ -1311,15 +1278,12 @@ def gather_on_rank_0(x):
 
 def train(config, saved=None):
     """The main job -> the folder that holds everything it wrote. saved: a checkpoint to go on from.
-
     Raises UsageError before anything is written; KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
-    BrokenEnvironment after the checkpoint has been saved.
-    """
+    BrokenEnvironment after the checkpoint has been saved."""
     join_processes()
     device, rank = config.torch_device(), process_rank()
     keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)                            # every process begins with one agent
     env = environments.make_env(config.env)
     spec = Spec.of(env)
@@ -1373,8 +1337,7 @@ def train(config, saved=None):
 
 
 def hindsight(config, env, rng):
-    """-> what ReplayBuffer takes to relabel what it draws. UsageError if --relabel asks for what
-    the environment cannot give."""
+    """-> what ReplayBuffer takes to relabel what it draws: a function and a GoalRarity, or None."""
     if not hasattr(env, "max_achieved"):
         if config.relabel in ("some", "all"):
             raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions")
@@ -1389,9 +1352,8 @@ def hindsight(config, env, rng):
 #    Plain tensors, numbers and strings, so that loading never runs code: weights_only=True.
 def save_run(folder, run, final=False, end=None):
     """Write all it takes to continue `run`, the dict of `train`'s parts, exactly. Every process
-    hands its own to the first, which writes. A full disk is reported; at the end, an OSError.
-    end: the exception that ended the run, if any."""
-    together = world_size() == 1 or isinstance(end, NonFiniteLoss)
+    hands its own to the first, which writes. A full disk is reported; at the end, an OSError."""
+    together = world_size() == 1 or isinstance(end, NonFiniteLoss)      # end: what ended the run
     if end and not together or isinstance(end, KeyboardInterrupt):
         return               # in the middle of something, or alone: the previous checkpoint stays
     learner = run["learner"]
@@ -1449,14 +1411,14 @@ def load_checkpoint(folder, device="cpu"):
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
     try:
         with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
-            broken = archive.testzip() or any(x.external_attr for x in archive.infolist())
-        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+            if archive.testzip() or any(x.external_attr for x in archive.infolist()):
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
     except Exception as problem:                             # any byte of it may be wrong
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        version = state.get("version") if isinstance(state, dict) else "none"
-        raise UsageError(f"{path} is damaged" if broken else
-                         f"{path} has version {version}, this program reads {VERSION}")
+    if version != VERSION:
+        raise UsageError(f"{path} has version {version}, this program reads {VERSION}")
     config, spec = Config(**state["config"]), Spec(**state["spec"])
     if Spec.of(environments.make_env(config.env)) != spec:
         raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
@@ -1484,30 +1446,26 @@ def parse_command_line(argv=None):
     values, given = read_command_line(Config, "amago_min.py", argv)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    with_eval = {"eval", "episodes", "render", "instruction", "seed", "device", "threads"}
-    wrong = sorted(given.keys() - with_eval if values["eval"] else
-                   given.keys() & {"render", "instruction"})
+    alone, with_eval = {"render", "instruction"}, {"eval", "episodes", "seed", "device", "threads"}
+    wrong = given.keys() - alone - with_eval if values["eval"] else given.keys() & alone
     if wrong:
         how = "does not go with" if values["eval"] else "goes with"
-        raise UsageError(f"--{wrong[0].replace('_', '-')} {how} --eval FOLDER")
+        raise UsageError(f"--{min(wrong).replace('_', '-')} {how} --eval FOLDER")
     return Config(**values), None
 
 
 def evaluate_saved(config):
     """--eval: load an agent, play, print what it reached, and --render one episode."""
     saved, agent, state = load_checkpoint(config.eval, config.torch_device())
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    # Not below 2^31: seeds that no training has seen.
-    score = evaluate(agent, saved.env, config.episodes, saved.context, 2**31 + config.seed)
-    print(f"{saved.env} after {state['env_steps']:,} env steps: return {score['return_mean']:.3f}"
-          f" +- {score['return_std']:.3f} over {score['episodes']} episodes"
-          + ("" if math.isnan(score["success"]) else f", success {score['success']:.3f}"))
-    if len(score["inner_returns"]) > 1:
-        print("return of each inner episode:", *(f"{x:.3f}" for x in score["inner_returns"]))
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.instruction:
+        saved.env += f"{'&' if '?' in saved.env else '?'}instruction={config.instruction}"
+    seed = 2**31 + config.seed                    # seeds that no training has seen
+    score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
+    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
     if config.render:
         from notebooks import plots               # drawing is not what this file is about
-        print(plots.render(agent, saved, config.render, seed=2**31 + config.seed))
+        print(plots.render(agent, saved, config.render, seed=seed))
 
 
 def main(argv=None):

@@ -788,17 +788,17 @@ class GoalRarity:
         """h of `steps` without replacement, and a goal of each -> (steps, goals (h, W))"""
         which = int(rng.integers(2))
         table, total = (self.steps, self.rollouts)[which], max(1, self.total[which])
-        goals = [reached[t][reached[t][:, 0] != 0] for t in steps]
-        share = [np.array([table.get(tuple(goal), 1e-3) for goal in g.tolist()]) / total
-                 for g in goals]
-        weight = [np.clip(np.log10(np.minimum(f, 1)) ** 4, 1e-3, 1e5) for f in share]
-        left, chosen = list(range(len(steps))), []
+        here, picked, goals = reached[steps], [], []                     # (n, M, W)
+        counts = [[table.get(tuple(goal), 1e-3) for goal in step] for step in here.tolist()]
+        weight = np.clip(np.log10(np.minimum(np.array(counts) / total, 1)) ** 4, 1e-3, 1e5)
+        weight[here[..., 0] == 0] = 0                                    # (n, M)
         for _ in range(h):
-            p = self.shaped(np.array([weight[i].sum() for i in left]), rng)
-            i = left.pop(rng.choice(len(left), p=p))
-            chosen.append((steps[i], goals[i][rng.choice(len(goals[i]),
-                                                         p=self.shaped(weight[i], rng))]))
-        return [t for t, _ in chosen], [goal for _, goal in chosen]
+            left = np.setdiff1d(np.arange(len(steps)), picked)
+            i = rng.choice(left, p=self.shaped(weight[left].sum(1), rng))
+            met = np.flatnonzero(weight[i])
+            picked.append(i)
+            goals.append(here[i, rng.choice(met, p=self.shaped(weight[i, met], rng))])
+        return steps[picked], goals
 
     @staticmethod
     def shaped(weight, rng):
@@ -1917,6 +1917,7 @@ class CrafterInstructions(Instructed):
     PLACES = [(x, y) for x in range(0, 61, 5) for y in range(0, 61, 5)]
     max_achieved = 4  # awake, and with the same action a stone placed, at a place, at a place
     action_space, keys = CrafterUndirected.action_space, CrafterUndirected.keys
+    draws_instruction = True  # render() lists the goals, so nobody else has to
 
     def __init__(self, **options):
         name = "crafter:instructions"
@@ -2419,8 +2420,7 @@ class Log:
             "env", "return_mean", "return_std", "success", "episodes", "env_steps", "updates",
             "train_seconds", "seed")})
         plot_curve(self.rows, self.env, self.folder / "curve.png")
-        tqdm.write(f"\nreturn {last['return_mean']:.3f} +- {last['return_std']:.3f} over"
-                   f" {last['episodes']} episodes after {last['env_steps']:,} env steps,"
+        tqdm.write(f"\n{in_words(self.rows[-1])} after {last['env_steps']:,} env steps,"
                    f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
                    f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
 
@@ -2459,6 +2459,17 @@ def summary(trajectories):
     return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
                 success=float(np.mean([trajectory.success for trajectory in trajectories])),
                 episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+
+
+def in_words(score):
+    """'return 0.998 +- 0.01 over 64 episodes', and what else `summary` found."""
+    text = (f"return {score['return_mean']:.3f} +- {score['return_std']:.3f} over"
+            f" {score['episodes']} episodes")
+    if not math.isnan(score["success"]):
+        text += f", success {score['success']:.3f}"
+    if len(score["inner_returns"]) > 1:
+        text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"])
+    return text
 
 
 def output_folder(config):

@@ -5,8 +5,10 @@ word: it is put into a copy of the repository, then the tests that guard the lin
 `python tests/mutate.py WORD` takes only the rows that contain WORD.
 """
 
+import concurrent.futures
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NETWORK, LOSSES = "tests/test_network.py::test_", "tests/test_losses.py::test_"
 DATA, LEARNING = "tests/test_data.py::test_", "tests/test_learning.py::test_"
 CLI, ENVS = "tests/test_cli.py::test_", "tests/test_envs.py::test_"
+RELABEL = "tests/test_relabel.py::test_"
 WORLDS = "tests/test_worlds.py::test_"
 CRAFTER = "tests/test_crafter.py::test_"
-AMAGO = "amago_min.py"
+DRAW = "tests/test_plots.py::test_"
+AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
 MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tests that go red)
     # stable Transformer
@@ -32,14 +36,26 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "        if True:\n            with torch.no_grad():\n                u =",
      NETWORK + "one_power_iteration_per_training_forward_and_none_in_eval"),
     ("W_hat for acting is never renewed", AMAGO,
-     "if self.kept[0] != state:", "if self.kept[0] is None:",
+     "            x.copy_(y)\n        average.keep()\n", "            x.copy_(y)\n",
+     LEARNING + "the_average_follows_and_acts_with_its_own_weights"),
+    ("W_hat is kept while learning", AMAGO,
+     "weight = self.scaled_weight() if self.kept is None else self.kept",
+     "weight = self.kept = self.scaled_weight() if self.kept is None else self.kept",
      NETWORK + "acting_follows_every_change_of_the_weights"),
-    ("W_hat for acting misses fused updates", AMAGO,
-     "            self.kept = (None, None)\n", "            pass\n",
-     LEARNING + "acting_uses_weights_that_were_learned_in_eval_mode"),
+    ("the average stands still", AMAGO,
+     "list(average.parameters()), list(agent.parameters()), rate)",
+     "list(average.parameters()), list(agent.parameters()), 0.0)",
+     LEARNING + "the_average_follows_and_acts_with_its_own_weights"),
+    ("the average keeps old statistics", AMAGO,
+     "zip(average.buffers(), agent.buffers())", "zip((), agent.buffers())",
+     LEARNING + "the_average_follows_and_acts_with_its_own_weights"),
+    ("the learning agent acts", AMAGO,
+     "collector = Collector(config.env, config.parallel_envs, learner.average,",
+     "collector = Collector(config.env, config.parallel_envs, agent,",
+     LEARNING + "the_average_acts_and_is_saved"),
     ("causal mask leaks the future", AMAGO,
-     "scaled_dot_product_attention(q, k, v, is_causal=True)",
-     "scaled_dot_product_attention(q, k, v)",
+     "scaled_dot_product_attention(q, k, v, window, is_causal=window is None)",
+     "scaled_dot_product_attention(q, k, v, window)",
      NETWORK + "the_future_changes_nothing"),
     ("cache attends one slot too few", AMAGO,
      "valid = np.arange(self.width) <= self.length[:, None]",
@@ -60,7 +76,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "self.cache.end_step(ended)", "self.cache.end_step()",
      DATA + "acting_and_training_know_the_same"),
     ("all layers share one cache", AMAGO,
-     "x = block(x, rotation, cache, layer)", "x = block(x, rotation, cache, 0)",
+     "x = block(x, rotation, cache, layer, window)",
+     "x = block(x, rotation, cache, 0, window)",
      NETWORK + "cache_equals_full_forward_with_staggered_resets"),
     ("keys are not rotated", AMAGO,
      "q, k = rotate(q, *rotation), rotate(k, *rotation)", "q = rotate(q, *rotation)",
@@ -77,7 +94,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "self.norm.update(flat, mask)", "self.norm.update(self.norm(flat), mask)",
      NETWORK + "statistics_are_those_of_raw_inputs_and_come_first"),
     ("padding enters the input statistics", AMAGO,
-     "self.mean.lerp_(x.sum(0) / mask.sum(), step)", "self.mean.lerp_(x.mean(0), step)",
+     "sums = torch.stack([x.sum(0), (x * x).sum(0), mask.sum().expand(x[0].shape)])",
+     "sums = torch.stack([x.sum(0), (x * x).sum(0), 0 * x[0] + mask.numel()])",
      DATA + "longer_padding_changes_nothing"),
     # targets, PopArt, critics
     ("done is ignored", AMAGO,
@@ -105,7 +123,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "q = (self.target_critics(after, members=pair) * pi",
      "q = (self.critics(after, members=pair) * pi", LOSSES + "loss_equals_loops"),
     ("tau the wrong way round", AMAGO,
-     "p.lerp_(q, tau)", "p.lerp_(q, 1 - tau)", LOSSES + "targets_follow_slowly"),
+     "list(online.parameters()), tau)", "list(online.parameters()), 1 - tau)",
+     LOSSES + "targets_follow_slowly"),
     ("PopArt moves the outputs", AMAGO,
      "self.w * old_std / std", "self.w * std / old_std",
      LOSSES + "popart_update_keeps_outputs"),
@@ -113,7 +132,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "for critics in (self.critics, self.target_critics):", "for critics in (self.critics,):",
      LOSSES + "folding_popart_into_the_critics_keeps_outputs"),
     ("PopArt counts padding", AMAGO,
-     "self.mean.lerp_(targets.sum(0) / mask.sum(), step)", "self.mean.lerp_(targets.mean(0), step)",
+     "(y ** 2).sum(0), mask.sum().expand(y[0].shape)",
+     "(y ** 2).sum(0), (0 * mask + 1).sum().expand(y[0].shape)",
      LOSSES + "popart_ignores_padding"),
     # losses, acting
     ("actor loss trains the critics", AMAGO,
@@ -134,7 +154,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "return torch.where(mask, x, 0.0).mean()",
      DATA + "longer_padding_changes_nothing"),
     ("padding reaches the network", AMAGO,
-     "return each(clean, tokens), token_mask", "return tokens, token_mask",
+     "~token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), 0)",
+     "~token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)) & False, 0)",
      DATA + "padding_may_hold_anything"),
     ("the first gamma acts", AMAGO,
      "return self.actor(s).sample()[:, -1]", "return self.actor(s).sample()[:, 0]",
@@ -144,11 +165,9 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      LEARNING + "learning_rate_warms_up"),
     # replay
     ("tokens hold this step's reward", AMAGO,
-     "tokens[name][here][1:] = getattr(trajectory, name)",
-     "tokens[name][here][:-1] = getattr(trajectory, name)",
+     "np.concatenate([np.zeros_like(x[:1], shape=(1,) + x.shape[1:]), x])",
+     "np.concatenate([x, np.zeros_like(x[:1], shape=(1,) + x.shape[1:])])",
      DATA + "tokens_hold_the_previous_action_and_reward"),
-    ("first token keeps an old rollout's reward", AMAGO,
-     "tokens[name][here][0] = 0", "pass", DATA + "tokens_hold_the_previous_action_and_reward"),
     ("slices restart the clock", AMAGO,
      "time=tensor(time)), done=done", "time=tensor(time - offset[:, None])), done=done",
      DATA + "slices_of_long_rollouts_keep_their_place"),
@@ -162,8 +181,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "if start >= high or", "if start >= high - 1 or",
      DATA + "the_oldest_make_room"),
     ("draws rollouts that are gone", AMAGO,
-     "pick = (self.first + self.rng.integers(self.count, size=batch))",
-     "pick = (self.rng.integers(self.count, size=batch))",
+     "for i in (self.first + self.rng.integers(self.count, size=batch))",
+     "for i in (self.rng.integers(self.count, size=batch))",
      DATA + "trajectories_are_drawn_uniformly"),
     ("one padded step counts as real", AMAGO,
      "mask = steps[:-1] < length[:, None]", "mask = steps[:-1] <= length[:, None]",
@@ -176,9 +195,10 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "terminated or (truncated and not self.bootstrap_truncated)", "terminated",
      DATA + "a_time_limit_ends_values_unless_asked_otherwise"),
     ("all environments are the same one", AMAGO,
-     "environments.make_env(env, seed=seed + i)", "environments.make_env(env, seed=seed)",
+     "ParallelEnvs(env, seed + np.arange(n_envs), workers)",
+     "ParallelEnvs(env, seed + 0 * np.arange(n_envs), workers)",
      DATA + "collector_equals_a_plain_loop"),
-    ("MultiDiscrete factors in the wrong order", AMAGO,
+    ("MultiDiscrete factors in the wrong order", "envs.py",
      "np.unravel_index(action, self.nvec)", 'np.unravel_index(action, self.nvec, order="F")',
      DATA + "collector_equals_a_plain_loop"),
     ("exploration never fades", AMAGO,
@@ -205,7 +225,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "for i in (1, 2))", "for i in (1, 1))",
      CLI + "training_never_sees_the_rollouts_of_evaluation"),
     ("replay ratio counts updates", AMAGO,
-     "while buffer.replayed < owed and", "while learner.updates < owed and",
+     "while sum_over_ranks(buffer.replayed) < owed:", "while learner.updates < owed:",
      CLI + "every_step_is_replayed_as_often_as_asked"),
     ("no episode of a meta rollout is marked", "envs.py",
      'info["reset"] = True\n        return', "pass\n        return",
@@ -213,6 +233,77 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
     ("meta episodes are different tasks", "envs.py",
      "observation, _ = self.inner.reset(seed=self.episode)",
      "observation, _ = self.inner.reset()", ENVS + "meta_repeats_one_task"),
+    # relabeling
+    ("goals in the order of drawing, not of time", AMAGO,
+     "met = sorted([*zip(done, goals), *zip(steps, chosen)], key=lambda pair: pair[0])",
+     "met = [*zip(done, goals), *zip(steps, chosen)]", RELABEL + "by_hand"),
+    ("one goal too few is added", AMAGO,
+     "some=int(rng.integers(k - n + 1))", "some=int(rng.integers(max(1, k - n)))",
+     RELABEL + "how_many_goals_are_added"),
+    ("`all` adds a random number", AMAGO,
+     "all=k - n)", "all=int(rng.integers(k - n + 1)))", RELABEL + "how_many_goals_are_added"),
+    ("a paid step is used twice", AMAGO,
+     "others = np.setdiff1d(busy, done)", "others = busy", RELABEL + "by_hand"),
+    ("the last of the old goals go, not the next", AMAGO,
+     "list(goals[n + h:])", "list(goals[n:len(goals) - h])", RELABEL + "by_hand"),
+    ("a finished rollout goes on", AMAGO,
+     "        if progress == k:", "        if False:", RELABEL + "by_hand"),
+    ("the new end is no end", AMAGO,
+     "ended[t], T = True, t + 1", "T = t + 1", RELABEL + "by_hand"),
+    ("a status changes a step too early", AMAGO,
+     "shown[t + 1:] = show_fn", "shown[t:] = show_fn", RELABEL + "what_is_seen_by_hand"),
+    ("the old rewards are seen", AMAGO,
+     "reward=reward[:T]", "reward=trajectory.reward[:T]",
+     RELABEL + "a_relabeled_walk_is_a_real_one"),
+    ("relabeling writes into the buffer", AMAGO,
+     "reward, ended, progress = np.zeros(T, np.float32), trajectory.done.copy(), 0",
+     "reward, ended, progress = np.zeros(T, np.float32), trajectory.done, 0",
+     RELABEL + "batches_are_relabeled_rollouts"),
+    ("empty rows are goals", AMAGO,
+     "rng.choice(reached[t][reached[t][:, 0] != 0])", "rng.choice(reached[t])",
+     RELABEL + "invariants_on_made_up_walks"),
+    ("the first token holds the first reward", AMAGO,
+     "np.concatenate([np.zeros_like(x[:1], shape=(1,) + x.shape[1:]), x])",
+     "np.concatenate([x[:1], x])", RELABEL + "tokens_and_back"),
+    ("goals of an older rollout stay", AMAGO,
+     'self.tokens["achieved"][i, t, len(achieved):] = 0', "pass",
+     RELABEL + "the_collector_writes_down_what_every_step_reached"),
+    ("--no-importance has no effect", AMAGO,
+     "GoalRarity() if config.importance else None", "GoalRarity()",
+     RELABEL + "training_relabels_as_asked"),
+    ("rarity has no effect", AMAGO,
+     "    if rarity is None:", "    if True:", RELABEL + "rare_goals_are_preferred"),
+    ("rollouts are not counted", AMAGO,
+     "self.rarity.update(trajectory.achieved)", "pass", RELABEL + "training_relabels_as_asked"),
+    ("--relabel is ignored where it cannot be", AMAGO,
+     'if config.relabel in ("some", "all"):', "if False:",
+     RELABEL + "relabeling_needs_instructions"),
+    ("a goal counts twice in one rollout", "envs.py",
+     "(self.rollouts, set(goals))", "(self.rollouts, goals)", RELABEL + "frequencies_by_hand"),
+    ("saved goals are lists", "envs.py",
+     "({tuple(goal): n for goal, n in table} for", "({str(goal): n for goal, n in table} for",
+     RELABEL + "frequencies_are_saved"),
+    ("rarity is squared", "envs.py",
+     "np.log10(np.minimum(np.array(counts) / total, 1)) ** 4",
+     "np.log10(np.minimum(np.array(counts) / total, 1)) ** 2", RELABEL + "weights_by_formula"),
+    ("rarity by steps alone", "envs.py",
+     "which = int(rng.integers(2))", "which = 0", RELABEL + "weights_by_formula"),
+    ("a step is drawn twice", "envs.py",
+     "left = np.setdiff1d(np.arange(len(steps)), picked)", "left = np.arange(len(steps))",
+     RELABEL + "weights_by_formula"),
+    ("the five least weights", "envs.py",
+     "np.sort(weight)[-5:][0]", "np.sort(weight)[:5][-1]", RELABEL + "shapings_equal_plain_python"),
+    ("equal weights leave no probability", "envs.py",
+     "return shaped / shaped.sum() if shaped.sum() > 0", "return shaped / shaped.sum() if True",
+     RELABEL + "shapings_equal_plain_python"),
+    ("the active goal is hidden, not the plan", AMAGO,
+     "!= environments.WAITING)", "!= environments.ACTIVE)", RELABEL + "a_hidden_plan_is_hidden"),
+    ("memory reaches one step further", AMAGO,
+     "triu(1 - self.memory)", "triu(-self.memory)",
+     RELABEL + "memory_is_a_window_in_every_layer"),
+    ("acting remembers more than training", AMAGO,
+     "min(context, self.memory or context)", "context",
+     RELABEL + "acting_with_a_memory_window_equals_training"),
     # worlds and instructions
     ("goals count in any order", "envs.py",
      "if goal[0] and goal in achieved.tolist():", "if goal[0] and len(achieved):",
@@ -302,65 +393,118 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      'self.at_place("travel to", x, y), game.dead', 'self.at_place("travel to", x, y), False',
      CRAFTER + "death_terminates_and_the_horizon_truncates"),
     # running
-    ("NaN reaches the buffer", AMAGO,
-     "if not np.isfinite(x).all():", "if False:", CLI + "a_broken_environment_is_named"),
-    ("a wrong shape is stretched", AMAGO,
-     "if x.shape != shape:", "if False:", CLI + "a_broken_environment_is_named"),
+    ("NaN reaches the buffer", "envs.py",
+     'if x.dtype.kind == "f" and not np.isfinite(x).all():', "if False:", CLI + "a_broken_environment_is_named"),
+    ("a wrong shape is stretched", "envs.py",
+     'if getattr(x, "shape", None) != box.shape:', "if False:", CLI + "a_broken_environment_is_named"),
     ("training goes on after NaN", AMAGO,
      "if not torch.isfinite(loss + norm):", "if False:",
      CLI + "a_loss_that_is_not_finite_stops_the_run"),
     ("a bad batch spoils saved statistics", AMAGO,
      "x.copy_(old)", "pass", CLI + "an_explosion_leaves_the_last_good_state"),
-    ("NaN is a valid option", AMAGO,
+    ("NaN is a valid option", "envs.py",
      'rule["low"] <= x <= rule["high"] and math.isfinite(x)',
      'not (x < rule["low"] or x > rule["high"])',
      CLI + "bad_arguments[--lr nan]"),
-    ("a run is overwritten", AMAGO,
+    ("a run is overwritten", "envs.py",
      'if config.out and (out / "log.csv").exists():', "if False:",
      CLI + "a_run_is_never_overwritten"),
     ("Ctrl-C ends with exit code 0", AMAGO,
-     "        if interrupted.is_set():\n            raise", "        if False:\n            raise",
+     'raise KeyboardInterrupt("everything', 'print("everything',
      CLI + "control_c_waits_for_the_end_of_the_update"),
-    ("the goal lies above a negative maximum", AMAGO,
+    ("the goal lies above a negative maximum", "envs.py",
      "env.max_return - 0.01 * abs(env.max_return)", "0.99 * env.max_return",
      CLI + "the_goal_is_one_percent_below_the_maximum"),
+    # pictures
+    ("attention is drawn without positions", PLOTS,
+     "q, k = am.rotate(q, *rotation), am.rotate(k, *rotation)", "pass",
+     DRAW + "attention_is_the_one_of_the_network"),
+    ("attention is drawn one step ahead", PLOTS,
+     ".triu(1)\n    return", ".triu(2)\n    return", DRAW + "attention_is_the_one_of_the_network"),
+    ("hooks stay on the agent", PLOTS,
+     "hook.remove()", "pass", DRAW + "attention_of_a_beginning_is_the_beginning_of_attention"),
+    ("drawn tokens have another clock", PLOTS,
+     "time=np.arange(len(trajectory) + 1)", "time=np.arange(len(trajectory) + 1) + 1",
+     DRAW + "tokens_are_those_of_training"),
+    ("drawn values are the lowest critic's", PLOTS,
+     "agent.popart.denormalize(agent.popart(q)).mean(1)",
+     "agent.popart.denormalize(agent.popart(q)).amin(1)",
+     DRAW + "values_of_discrete_actions_are_the_sum_over_actions"),
+    ("drawn values are in PopArt's units", PLOTS,
+     "agent.popart.denormalize(agent.popart(q)).mean(1)", "agent.popart(q).mean(1)",
+     DRAW + "values_of_discrete_actions_are_the_sum_over_actions"),
+    ("drawn values of no particular action", PLOTS,
+     "agent.critics(s, pi.sample())", "agent.critics(s, 0 * pi.sample())",
+     DRAW + "values_of_continuous_actions_are_those_of_the_policy"),
+    ("looking at an agent changes it", PLOTS,
+     "    agent.eval()\n    try:", "    try:", DRAW + "looking_changes_nothing"),
+    ("a GIF shows another episode", PLOTS,
+     'env.reset(options={"episode": trajectory.episode})', "env.reset(seed=0)",
+     DRAW + "gif_shows_the_episode_that_was_played"),
+    ("a GIF lags one step behind", PLOTS,
+     "yield draw(t + 1)", "yield draw(t)", DRAW + "a_new_episode_flashes"),
+    ("a replay that differs goes unnoticed", PLOTS,
+     "if np.float32(reward) != trajectory.reward[t]:", "if False:",
+     DRAW + "an_episode_that_cannot_be_played_again_is_not_shown"),
+    ("the caption's return runs ahead", PLOTS,
+     "trajectory.reward[:t].sum():.2f", "trajectory.reward[:t + 1].sum():.2f",
+     DRAW + "caption_tells_step_return_episode_and_goals"),
+    ("inner episodes do not flash", PLOTS,
+     "frame = add_caption(fit(frame), caption(trajectory, env, t), is_new)",
+     "frame = add_caption(fit(frame), caption(trajectory, env, t))",
+     DRAW + "a_new_episode_flashes"),
+    ("the instruction is forgotten", PLOTS,
+     "name = fix_instruction(config.env, instruction)", "name = config.env",
+     DRAW + "the_instruction_is_part_of_the_name"),
+    ("seeds are drawn as experiments", PLOTS,
+     'ALIKE = {"seed", "out",', 'ALIKE = {"out",', DRAW + "seeds_become_one_line"),
 ]
 
 
-def pytest(folder, tests):
-    """Exit code of pytest in `folder`; 1 means that a test failed. -1 after 120 s."""
+def pytest(folder, tests, seconds=120):
+    """Exit code of pytest in `folder`; 1 means that a test failed. -1 if it takes too long."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        return subprocess.run(command, cwd=folder, env=environment, timeout=120,
+        return subprocess.run(command, cwd=folder, env=environment, timeout=seconds,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     except subprocess.TimeoutExpired:
         return -1
 
 
+def verdict_on(mutant, copies):
+    """Put one bug into a free copy of the repository, and see its tests fail."""
+    bug, name, old, new, tests = mutant
+    copy = copies.get()
+    source = (copy / name).read_text()
+    (copy / name).write_text(source.replace(old, new))
+    code = pytest(copy, [tests])
+    (copy / name).write_text(source)
+    copies.put(copy)
+    verdict = {1: "caught", 0: "SURVIVED", -1: "TIMEOUT"}.get(code, f"pytest broke: {code}")
+    print(f"{bug:<44} {verdict:<9} {tests.removeprefix('tests/')}", flush=True)
+    return code == 1
+
+
 def main(word=""):
     mutants = [mutant for mutant in MUTANTS if any(word in text for text in mutant)]
-    sources = {name: (ROOT / name).read_text() for name in (AMAGO, "envs.py")}
-    stale = [f"{bug}: {old!r} occurs {sources[name].count(old)} times in {name}, not once"
-             for bug, name, old, _, _ in mutants if sources[name].count(old) != 1]
+    stale = [f"{bug}: {old!r} is not there exactly once, in {name}"
+             for bug, name, old, _, _ in mutants if (ROOT / name).read_text().count(old) != 1]
     if stale:
         sys.exit("\n".join(stale))
-    survivors, start = 0, time.perf_counter()
+    workers, start, copies = os.cpu_count() or 1, time.perf_counter(), queue.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder) / "repo"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
-        if pytest(copy, sorted({mutant[-1] for mutant in mutants})) != 0:
+        for i in range(workers):
+            copies.put(pathlib.Path(folder) / str(i))
+            shutil.copytree(ROOT, pathlib.Path(folder) / str(i), ignore=shutil.ignore_patterns(
+                ".*", "runs", "__pycache__", "results"))
+        clean = pathlib.Path(folder) / "0"
+        if pytest(clean, sorted({mutant[-1] for mutant in mutants}), seconds=900) != 0:
             sys.exit("the tests are not green to begin with")
-        for bug, name, old, new, tests in mutants:
-            (copy / name).write_text(sources[name].replace(old, new))
-            code = pytest(copy, [tests])
-            (copy / name).write_text(sources[name])
-            verdict = {1: "caught", 0: "SURVIVED", -1: "TIMEOUT"}.get(code, f"pytest broke: {code}")
-            survivors += code != 1
-            print(f"{bug:<44} {verdict:<9} {tests.removeprefix('tests/')}", flush=True)
-    print(f"{len(mutants) - survivors} of {len(mutants)} caught,"
-          f" {time.perf_counter() - start:.0f} s")
-    return 1 if survivors else 0
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            caught = sum(pool.map(lambda mutant: verdict_on(mutant, copies), mutants))
+    print(f"{caught} of {len(mutants)} caught, {time.perf_counter() - start:.0f} s")
+    return 0 if caught == len(mutants) else 1
 
 
 if __name__ == "__main__":

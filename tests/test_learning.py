@@ -4,6 +4,8 @@ A probe that fails names the culprit: Constant the critic loss, Observed the enc
 TD target, Choice the action's index, Memory attention, Meta the previous action and reward.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -137,16 +139,50 @@ def test_acting_uses_the_newest_weights(monkeypatch):
             assert torch.equal(run.agent.trunk(tokens), twin.trunk(tokens))
 
 
-def test_acting_uses_weights_that_were_learned_in_eval_mode():
-    """Catches a copy that is only renewed because training also moves u and v: torch does not
-    count a fused AdamW step in the weights' `_version`."""
-    layer, x = am.SigmaLinear(4, 4).eval(), torch.randn(3, 4)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+def test_the_average_follows_and_acts_with_its_own_weights(monkeypatch):
+    """Catches an average that stands still, keeps old statistics, or acts with weights W_hat of an
+    earlier update."""
+    run = Run(use(monkeypatch, Choice)).act(20)
+    average, agent = run.learner.average, run.agent
+    for update in range(1, 4):
+        old = [p.clone() for p in average.parameters()]
+        run.learn(1)
+        rate = 30 / (update + 30)
+        for p, before, q in zip(average.parameters(), old, agent.parameters()):
+            torch.testing.assert_close(p, (1 - rate) * before + rate * q)
+        assert all(torch.equal(x, y) for x, y in zip(average.buffers(), agent.buffers()))
+        with torch.no_grad():
+            fresh = copy.deepcopy(average)
+            for layer in fresh.modules():
+                layer.kept = None
+            tokens = run.sample()["tokens"]
+            torch.testing.assert_close(average.trunk(tokens), fresh.trunk(tokens))
+    run.learner.updates = 10**6
+    run.learner.update_average()                          # r never falls below .01
+    old = [p.clone() for p in average.parameters()]
     with torch.no_grad():
-        layer(x)
-    layer(x).square().sum().backward()
-    optimizer.step()
-    torch.testing.assert_close(layer(x), torch.no_grad()(layer)(x))
+        next(agent.parameters()).add_(1)
+    run.learner.update_average()
+    moved = next(average.parameters()) - old[0]
+    torch.testing.assert_close(moved, .01 * (next(agent.parameters()) - old[0]))
+
+
+def test_the_average_acts_and_is_saved(monkeypatch, tmp_path):
+    """Catches a run whose learning agent acts, is evaluated, or is what --eval loads."""
+    use(monkeypatch, Choice)
+    learners, actors, act = [], set(), am.Agent.act
+    update = am.Learner.update
+    monkeypatch.setattr(am.Learner, "update", lambda self, batch: (
+        learners.append(self), update(self, batch))[1])
+    monkeypatch.setattr(am.Agent, "act", lambda self, *rest: (actors.add(id(self)),
+                                                              act(self, *rest))[1])
+    folder = am.train(am.Config(env="probe", env_steps=100, replay_ratio=2., episodes=2,
+                                out=str(tmp_path / "run")))
+    average = learners[-1].average
+    assert actors == {id(average)}
+    for (name, x), y in zip(average.state_dict().items(),
+                            am.load_checkpoint(folder)[1].state_dict().values()):
+        assert torch.equal(x, y), name
 
 
 # ---- random numbers (T19) ----

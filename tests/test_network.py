@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import amago_min
-from amago_min import (POSITIONS, CausalAttention, KVCache, RunningNorm, SigmaLinear, Spec,
+from amago_min import (CausalAttention, KVCache, RunningNorm, SigmaLinear, Spec,
                        StableBlock, TimestepEncoder, Transformer, rotate)
 
+POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 each_position = pytest.mark.parametrize("positions", POSITIONS)
 
 
