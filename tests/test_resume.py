@@ -214,22 +214,43 @@ def test_any_number_of_workers_gives_the_same_run():
     assert_like_straight("run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_is_the_same_run(number, monkeypatch, capfd):
-    """Catches a signal that kills or that comes between an update and its targets, and steps that
-    are lost or played twice."""
+def interrupt(*numbers):
+    """In the eighth update come these lists of signals, one list a second after the other."""
     update = am.Learner.update
 
     def interrupted(self, batch):
         if self.updates == 7:
-            signal.raise_signal(number)
+            for i, number in enumerate(numbers):
+                time.sleep(1.1 * (i > 0))
+                for each in number:
+                    signal.raise_signal(each)
         return update(self, batch)
-    with monkeypatch.context() as patch:
-        patch.setattr(am.Learner, "update", interrupted)
-        assert am.main(train(POLE, 300, "--out", "run")) == 130
-    assert "--resume" in one_line(capfd.readouterr().err)
+    am.Learner.update = interrupted
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGINT)],
+                         ids=["SIGINT", "SIGTERM and SIGINT"])
+def test_an_interrupted_run_is_the_same_run(numbers):
+    """Catches a signal that kills or that comes between an update and its targets, steps that are
+    lost or played twice, and torchrun, which sends one more signal at once."""
+    pid = fork_main(train(POLE, 300, "--out", "run"), lambda: interrupt(numbers))
+    assert exit_code(pid) == 130
+    assert "--resume" in one_line(pathlib.Path("fork.err").read_text())
     assert 7 < saved("run")["learner"]["updates"] < 15
     assert am.main(resume("run", 300)) == 0
+    assert_like_straight("run")
+
+
+def test_a_second_interrupt_saves_nothing_half_done():
+    """Catches a second Ctrl-C that is not obeyed, or that replaces a good checkpoint by what an
+    update had come to."""
+    pid = fork_main(train(POLE, 300, "--out", "run", *SAVE_ALWAYS),
+                    lambda: interrupt([signal.SIGINT], [signal.SIGINT]))
+    assert exit_code(pid) == 130
+    assert "saved" not in one_line(pathlib.Path("fork.err").read_text())
+    state = saved("run")
+    assert state["learner"]["updates"] <= 7 and "envs" in state["processes"][0]["collector"]
+    assert am.main(resume("run", 300, "--checkpoint-minutes", "10")) == 0
     assert_like_straight("run")
 
 
@@ -718,8 +739,7 @@ class Faulty(Probe):
 WRONG = {"nan": lambda: math.nan, "error": lambda: 1 // 0, "death": lambda: os._exit(3)}
 
 
-@pytest.mark.parametrize("bad", [0, 4])
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong, bad", [("nan", 4), ("error", 0), ("death", 4)])
 def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
     """Catches a run that hangs, ends in a traceback or without its checkpoint, or that blames an
     environment of another worker."""
@@ -734,20 +754,22 @@ def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
     assert am.load_checkpoint("run")[-1]["env_steps"] >= 29 * 5
 
 
-def test_a_worker_that_was_killed_once(monkeypatch, capfd):
+@pytest.mark.parametrize("moment", ["send", "receive"])
+def test_a_worker_that_was_killed_once(moment, monkeypatch, capfd):
     """Catches a run that a dead worker, out of memory perhaps, has spoiled for good."""
     forked_workers(monkeypatch)
-    receive = am.environments.ParallelEnvs.receive
+    real = getattr(am.environments.ParallelEnvs, moment)
 
-    def killed(envs):
-        os.kill(envs.processes[0].pid, signal.SIGKILL)
-        return receive(envs)
+    def killed(envs, *arguments):
+        envs.processes[0].kill()
+        envs.processes[0].join()
+        return real(envs, *arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(am.environments.ParallelEnvs, "receive", receive)
-        call_at(am.environments.ParallelEnvs, "receive", 60, killed)
+        patch.setattr(am.environments.ParallelEnvs, moment, real)      # to be undone
+        call_at(am.environments.ParallelEnvs, moment, 60, killed)
         assert am.main(train(POLE, 300, "--out", "run", "--workers", "2")) == 1
     assert "worker" in one_line(capfd.readouterr().err)
     state = saved("run")
-    assert 60 < state["env_steps"] < 150 and state["learner"]["updates"] > 3
+    assert 30 < state["env_steps"] < 150 and state["learner"]["updates"] > 0
     assert am.main(resume("run", 300, "--workers", "0")) == 0
     assert len(numbers("run")) == 6
