@@ -7,7 +7,8 @@ ensemble of critics sit on the Transformer's outputs; they learn off-policy from
 whole rollouts, for many discount factors at once, in ONE update with ONE optimiser.
 
     python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
-    python amago_min.py --eval runs/popgym-RepeatPrevious-0 --episodes 200
+    python amago_min.py --env "maze:7x7?goals=2" --env-steps 300000 --out runs/maze
+    python amago_min.py --eval runs/maze --instruction "travel to (1, 1), travel to (5, 3)"
     python amago_min.py --help                             # every option, with default and meaning
 
 How to read it
@@ -121,7 +122,7 @@ class Config:
     gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
                            "discount factors learned together; the last acts", low=0, high=.99999)
     critics: int = option(4, "critics in the ensemble", low=2)
-    tau: float = option(.01, "speed of the target networks", low=0, high=1)
+    tau: float = option(.03, "speed of the target networks", low=0, high=1)
     memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
     positions: str = option("both", "how attention knows the time",
                             choices=("rotary", "learnable", "sinusoidal", "both"))
