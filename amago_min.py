@@ -1462,11 +1462,11 @@ def evaluate_saved(config):
     if config.instruction:
         saved.env += f"{'&' if '?' in saved.env else '?'}instruction={config.instruction}"
     seed = 2**31 + config.seed                    # seeds that no training has seen
-    score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
-    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
     if config.render:
         from notebooks import plots               # drawing is not what this file is about
         print(plots.render(agent, saved, config.render, seed=seed))
+    score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
+    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
 
 
 def main(argv=None):
