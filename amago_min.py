@@ -122,7 +122,7 @@ class Config:
     gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
                            "discount factors learned together; the last acts", low=0, high=.99999)
     critics: int = option(4, "critics in the ensemble", low=2)
-    tau: float = option(.03, "speed of the target networks", low=0, high=1)
+    tau: float = option(.01, "speed of the target networks", low=0, high=1)
     memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
     positions: str = option("both", "how attention knows the time",
                             choices=("rotary", "learnable", "sinusoidal", "both"))
