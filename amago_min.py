@@ -7,7 +7,8 @@ ensemble of critics sit on the Transformer's outputs; they learn off-policy from
 whole rollouts, for many discount factors at once, in ONE update with ONE optimiser.
 
     python amago_min.py --env popgym:RepeatPrevious        # the main job: return 1.0 in seconds
-    python amago_min.py --eval runs/popgym-RepeatPrevious-0 --episodes 200
+    python amago_min.py --env "maze:7x7?goals=2" --env-steps 300000 --out runs/maze
+    python amago_min.py --eval runs/maze --instruction "travel to (1, 1), travel to (5, 3)"
     python amago_min.py --help                             # every option, with default and meaning
 
 How to read it
@@ -1461,11 +1462,11 @@ def evaluate_saved(config):
     if config.instruction:
         saved.env += f"{'&' if '?' in saved.env else '?'}instruction={config.instruction}"
     seed = 2**31 + config.seed                    # seeds that no training has seen
-    score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
-    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
     if config.render:
         from notebooks import plots               # drawing is not what this file is about
         print(plots.render(agent, saved, config.render, seed=seed))
+    score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
+    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
 
 
 def main(argv=None):

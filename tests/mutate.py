@@ -396,9 +396,11 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      CRAFTER + "death_terminates_and_the_horizon_truncates"),
     # running
     ("NaN reaches the buffer", "envs.py",
-     'if x.dtype.kind == "f" and not np.isfinite(x).all():', "if False:", CLI + "a_broken_environment_is_named"),
+     'if x.dtype.kind == "f" and not np.isfinite(x).all():', "if False:",
+     CLI + "a_broken_environment_is_named"),
     ("a wrong shape is stretched", "envs.py",
-     'if getattr(x, "shape", None) != box.shape:', "if False:", CLI + "a_broken_environment_is_named"),
+     'if getattr(x, "shape", None) != box.shape:', "if False:",
+     CLI + "a_broken_environment_is_named"),
     ("training goes on after NaN", AMAGO,
      "if not torch.isfinite(loss + norm):", "if False:",
      CLI + "a_loss_that_is_not_finite_stops_the_run"),

@@ -94,8 +94,8 @@ def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
     use(monkeypatch, Choice)
     agents = []
     save = am.save_run
-    monkeypatch.setattr(am, "save_run", lambda folder, run, **more: (
-        agents.append(run["learner"].average), save(folder, run, **more)))
+    monkeypatch.setattr(am, "save_run", lambda folder, run, *rest: (
+        agents.append(run["learner"].average), save(folder, run, *rest)))
     folder = am.train(am.Config(env="probe", env_steps=100, replay_ratio=2., out="run"))
     config, agent, state = am.load_checkpoint(folder)
     assert config == am.Config(**dataclasses.asdict(config)) and not agent.training

@@ -115,7 +115,8 @@ COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()
 def test_commands_can_be_typed(command):
     """Catches a command with an option or an environment that does not exist."""
     if "--help" not in command:
-        am.environments.make_env(am.parse_command_line(command)[0].env)
+        values, _ = am.read_command_line(am.Config, "amago_min.py", command)
+        am.environments.make_env(values["env"])
 
 
 def test_there_are_commands():

@@ -144,6 +144,7 @@ def test_the_average_follows_and_acts_with_its_own_weights(monkeypatch):
     earlier update."""
     run = Run(use(monkeypatch, Choice)).act(20)
     average, agent = run.learner.average, run.agent
+    average.keep()
     for update in range(1, 4):
         old = [p.clone() for p in average.parameters()]
         run.learn(1)

@@ -411,7 +411,7 @@ def test_render_from_the_command_line(tmp_path, monkeypatch, capsys):
     save_run(tmp_path / "run", POPGYM, agent_for(am.environments.make_env(POPGYM)))
     (tmp_path / "a.png").write_text("mine")                  # nobody asked for this one
     assert am.main(["--eval", "run", "--episodes", "1", "--render", "a.gif"]) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith("a-strip.png: strip plot, return ")
     assert said.endswith(f"(instead of a.gif: {POPGYM} has no pictures)")
     assert (tmp_path / "a-strip.png").read_bytes().startswith(b"\x89PNG")
