@@ -1415,9 +1415,9 @@ def load_checkpoint(folder, device="cpu"):
             if archive.testzip() or any(x.external_attr for x in archive.infolist()):
                 raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
     except Exception as problem:                             # any byte of it may be wrong
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
-    version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise UsageError(f"{path} has version {version}, this program reads {VERSION}")
     config, spec = Config(**state["config"]), Spec(**state["spec"])
