@@ -389,7 +389,7 @@ def test_foreign_checkpoints(content, flag, capsys):
     assert am.main([flag, "run"]) == 2
     message = one_line(capsys.readouterr().err)
     assert "run/checkpoint.pt" in message and contents(".") == before
-    assert ("version" in message) == (content == FOREIGN["another version"])
+    assert ("version" in message) == (not isinstance(content, (str, Foreign)))
     assert not pathlib.Path("unpickled").exists()
 
 
@@ -699,12 +699,16 @@ def test_torchrun_resumes_and_ends_when_a_process_dies(tmp_path):
     updates = saved("run")["learner"]["updates"]
     (tmp_path / "job.py").write_text(JOB.format(folder=str(PROGRAM.parent), size=am.SIZES["nano"],
                                                 last=updates + 10))
-    job = subprocess.run([
+    job = subprocess.Popen([
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "job.py", *resume("run", 3000, *SAVE_ALWAYS)], capture_output=True, text=True, timeout=180,
+        "job.py", *resume("run", 3000, *SAVE_ALWAYS)], stderr=subprocess.PIPE, text=True,
         env=dict(os.environ, OMP_NUM_THREADS="1"))
-    assert job.returncode == 1, job.stderr
-    assert "amago_min.py stopped: another process of this job ended\n" in job.stderr, job.stderr
+    try:
+        stderr = job.communicate(timeout=180)[1]
+    finally:
+        job.terminate()                                   # and, with it, what it started
+    assert job.returncode == 1, stderr
+    assert "amago_min.py stopped: another process of this job ended\n" in stderr, stderr
     assert updates < am.load_checkpoint("run")[-1]["learner"]["updates"] <= updates + 10
 
 
