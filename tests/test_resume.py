@@ -8,6 +8,7 @@ import contextlib
 import csv
 import errno
 import math
+import json
 import os
 import pathlib
 import random
@@ -654,7 +655,9 @@ def test_two_processes_are_one_run(tmp_path):
     a, b = run["processes"].values()
     assert not torch.equal(a["buffer"]["tokens"]["obs"]["vector"],
                            b["buffer"]["tokens"]["obs"]["vector"])
-    assert a["rng"] != b["rng"] and a["collector"]["envs"] != b["collector"]["envs"]
+    drawn = [[generator for _, _, generator in json.loads(own["collector"]["envs"])]
+             for own in (a, b)]
+    assert a["rng"] != b["rng"] and drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("how", ["dies", "breaks"])
