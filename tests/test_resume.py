@@ -390,7 +390,7 @@ def test_foreign_checkpoints(content, flag, capsys):
     assert am.main([flag, "run"]) == 2
     message = one_line(capsys.readouterr().err)
     assert "run/checkpoint.pt" in message and contents(".") == before
-    assert ("version" in message) == (not isinstance(content, (str, Foreign)))
+    assert "version" in message or content is not FOREIGN["another version"]
     assert not pathlib.Path("unpickled").exists()
 
 
