@@ -1143,7 +1143,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
 
     -> dict(return_mean, return_std, success (NaN where it is not reported), episodes,
-            inner_returns: the mean return of the first, second, ... inner episode)
+            inner_returns, goals), as `summary` in envs.py explains
     Every environment plays as many episodes, rounded up: counting those that end first would favour
     short ones. Same seed, same result; training's randomness is kept.
     """

@@ -2451,14 +2451,27 @@ def stopping_return(config, env):
 
 
 def summary(trajectories):
-    """-> dict(return_mean, return_std, success, episodes, inner_returns), see evaluate."""
+    """-> dict(return_mean, return_std, success, episodes, inner_returns, goals), see evaluate.
+
+    inner_returns: the mean return of the first, second, ... inner episode.
+    goals: for the first, second, ... goal of an instruction (share of the episodes that ask for it
+    and do it, their mean number of steps until it is done); a step that does one is paid 1.
+    """
     returns = [float(trajectory.reward.sum()) for trajectory in trajectories]
     inner = itertools.zip_longest(
         *([part.sum() for part in np.split(x.reward, 1 + np.flatnonzero(x.reset[1:-1]))]
           for x in trajectories), fillvalue=math.nan)
+    asked = [int(np.count_nonzero(x.obs["instruction"][0, :, 0])) if "instruction" in x.obs else 0
+             for x in trajectories]
+    done, goals = [np.flatnonzero(x.reward) + 1 for x in trajectories], []
+    for k in range(max(asked)):
+        steps = [times[k] for times in done if len(times) > k]
+        goals.append((len(steps) / sum(n > k for n in asked),
+                      float(np.mean(steps)) if steps else math.nan))
     return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
                 success=float(np.mean([trajectory.success for trajectory in trajectories])),
-                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner])
+                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner],
+                goals=goals)
 
 
 def in_words(score):
@@ -2469,6 +2482,9 @@ def in_words(score):
         text += f", success {score['success']:.3f}"
     if len(score["inner_returns"]) > 1:
         text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"])
+    for k, (share, steps) in enumerate(score["goals"], start=1):
+        text += f"\n  goal {k}: done in {share:.3f} of the episodes that ask for it"
+        text += f", after {steps:.1f} steps on average" if share else ""
     return text
 
 

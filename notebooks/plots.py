@@ -176,7 +176,8 @@ def discounted(reward, gamma):
 # ==================================================================================================
 # 3. --render
 def render(agent, config, path, seed=0, instruction=None):
-    """Play one episode of config.env and draw it into `path` -> a line that says what was drawn.
+    """Play one episode of config.env and draw it into `path` -> a line that says what was drawn,
+    and one more for each goal of the episode's instruction.
 
         .gif    the environment's own pictures; if it has none, a strip plot beside it, *-strip.png
         .png    a strip plot: observations, actions, rewards and V for each gamma over time
@@ -192,15 +193,16 @@ def render(agent, config, path, seed=0, instruction=None):
         raise UsageError(problem) from problem
     trajectory = play(agent, name, config.context, seed)
     result = f"return {trajectory.reward.sum():.3f} in {len(trajectory)} steps"
+    goals = goal_steps(trajectory, env)
     if path.suffix == ".gif":
         drawn = pictures(name, trajectory)
         if drawn is not None:
             frames = write_gif(path, trajectory, *drawn)
-            return f"{path}: {frames} frames, {result}"
+            return f"{path}: {frames} frames, {result}{goals}"
         wanted, path = path, path.with_name(path.stem + "-strip.png")
         result += f" (instead of {wanted.name}: {env.name} has no pictures)"
     plot_strip(agent, trajectory, env, path)
-    return f"{path}: strip plot, {result}"
+    return f"{path}: strip plot, {result}{goals}"
 
 
 def check_file(path, endings):
@@ -291,6 +293,14 @@ def goals_at(trajectory, env, t):
     text = getattr(env, "format_instruction", str)
     return [(int(row[0]), text(row[None, 1:])) for row in trajectory.obs["instruction"][t]
             if row[0]]
+
+
+def goal_steps(trajectory, env):
+    """One line for each goal of the instruction: what it asks for, the step that did it."""
+    done = (np.flatnonzero(trajectory.reward) + 1).tolist()
+    texts = [text for _, text in goals_at(trajectory, env, 0)]
+    return "".join(f"\n  {text}: {f'done at step {done[k]}' if k < len(done) else 'not done'}"
+                   for k, text in enumerate(texts))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Data: what the collector records, the buffer stores and the loss reads is what happened."""
 
 import copy
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import amago_min as am
+import envs as environments
 from probes import Choice, Choice1d, Constant, Count, Probe, use
 
 SPECS = {
@@ -431,6 +433,22 @@ def test_evaluation_adds_no_noise(monkeypatch):
     agent.act = lambda tokens, cache: torch.ones(len(tokens["time"]), dtype=torch.int64)
     score = am.evaluate(agent, "probe", 64)
     assert (score["return_mean"], score["return_std"]) == (3, 0)
+
+
+def test_summary_tells_when_each_goal_was_done():
+    """Two episodes that ask for two goals and one that asks for one; by hand: the first goal is
+    done in 2 of 3 after 2 and 4 steps, the second in 1 of the 2 that have one, after 5."""
+    def episode(goals, *done):
+        words = np.zeros((6, 3, 2), np.int32)
+        words[:, :goals, 0] = 1
+        reward = np.isin(np.arange(1, 6), done).astype(np.float32)
+        return types.SimpleNamespace(reward=reward, reset=np.zeros(6, bool), success=0.0,
+                                     obs={"instruction": words})
+    score = environments.summary([episode(2, 2, 5), episode(1, 4), episode(2)])
+    assert score["goals"] == [(2 / 3, 3.0), (1 / 2, 5.0)]
+    assert environments.in_words(score).splitlines()[1:] == [
+        "  goal 1: done in 0.667 of the episodes that ask for it, after 3.0 steps on average",
+        "  goal 2: done in 0.500 of the episodes that ask for it, after 5.0 steps on average"]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -418,6 +418,23 @@ def test_render_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "a.png").read_text() == "mine" and not (tmp_path / "a.gif").exists()
 
 
+def test_goal_steps_of_the_episode_that_is_drawn(tmp_path, monkeypatch, capsys):
+    """Catches per-goal steps counted from 0, in another order, or of another episode."""
+    monkeypatch.chdir(tmp_path)
+    name = "maze:5x5?goals=2"
+    save_run(tmp_path / "run", name, agent_for(am.environments.make_env(name)))
+    trajectory = types.SimpleNamespace(
+        reward=np.float32([0, 0, 1, 0]), success=0.0,
+        obs={"instruction": np.int32([[[2, 1, 3], [1, 3, 2], [0, 0, 0]]] * 5)})
+    env = am.environments.make_env(name)
+    assert plots.goal_steps(trajectory, env).splitlines() == [
+        "", "  travel to (1, 3): done at step 3", "  travel to (3, 2): not done"]
+    assert am.main(["--eval", "run", "--episodes", "2", "--render", "a.gif"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("a.gif: ") and said[1].startswith("  travel to (")
+    assert [line[:9] for line in said if line.startswith("  goal")] == ["  goal 1:", "  goal 2:"]
+
+
 def test_render_refuses_before_it_plays(tmp_path):
     """Catches a wrong file name that costs an episode, and an error of many lines."""
     agent = agent_for(am.environments.make_env(POPGYM))

@@ -1,8 +1,8 @@
 """Notebooks: execute them from a fresh kernel, and say what is wrong with those that are saved.
 
-    python tests/notebooks.py                # all in smoke mode: smaller budgets, every assertion on
-    python tests/notebooks.py 03 05          # these two
-    python tests/notebooks.py --write 03     # in full, and save what comes out
+    python tests/run_notebooks.py                # all in smoke mode: smaller budgets, every assertion on
+    python tests/run_notebooks.py 03 05          # these two
+    python tests/run_notebooks.py --write 03     # in full, and save what comes out
 
 Smoke mode is the environment variable AMAGO_SMOKE=1, which a notebook reads where it sets a budget.
 CI runs the first line; tests/test_notebooks.py runs `faults` on what is committed.
@@ -82,7 +82,7 @@ def main():
     parser.add_argument("words", nargs="*", help="numbers of notebooks, such as 03; all if none")
     parser.add_argument("--write", action="store_true", help="in full, and save the outputs")
     options, bad = parser.parse_args(), 0
-    for path in paths(options.words) or sys.exit("tests/notebooks.py: no such notebook"):
+    for path in paths(options.words) or sys.exit("tests/run_notebooks.py: no such notebook"):
         try:
             notebook, seconds = execute(path, smoke=not options.write)
         except (CellExecutionError, CellTimeoutError) as error:
