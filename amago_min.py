@@ -95,8 +95,8 @@ class Config:
     target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
                                 " auto = the environment's known maximum less 1 %%", free=True)
     out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
-    eval_every: int = option(1000, "env steps between evaluations; later on, a tenth of the steps"
-                             " so far", low=1, free=True)
+    eval_every: int = option(0, "env steps between evaluations, later a tenth of those so far; 0 ="
+                             " 1000, or a quarter of an evaluation's", low=0, free=True)
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
