@@ -41,7 +41,7 @@ JOBS = {
     "worlds/maze-15x15-0": "--env maze:15x15 --env-steps 800000",
     "worlds/crafter-undirected-0": "--env crafter:undirected --env-steps 2000000",
     "worlds/cheetah-vel-0": "--env cheetah:vel --env-steps 1200000",
-    "worlds/metaworld-reach-0": "--env metaworld:reach-v3 --env-steps 1000000",
+    "worlds/metaworld-reach-0": "--env metaworld:reach --env-steps 1000000",
     **{f"ablations/{task}-{arm}-{seed}": f"{what} {ARMS[arm]} --seed {seed}".replace("  ", " ")
        for arm, seed in ARM_SEEDS for task, what in TASKS.items()},
     **{f"crafter/{arm}-0": f"--env crafter:instructions --env-steps 4000000 {ARMS[arm]}".strip()
