@@ -1434,9 +1434,9 @@ def resumed_config(given, folder):
     UsageError for an option that may not change."""
     config, _, state = load_checkpoint(folder)
     config = environments.changed_options(config, given)
-    if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
-        raise UsageError(f"{folder} was trained by {len(state['processes'])} processes; resume it"
-                         " with as many")
+    if (n := len(state["processes"])) != int(os.environ.get("WORLD_SIZE", 1)):
+        how = f"{n} processes; resume it with as many" if n else "others: its agent alone was kept"
+        raise UsageError(f"{folder} was trained by {how}")
     return config, state
 
 
