@@ -1210,7 +1210,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        if not torch.isfinite(loss + norm):
+        if not torch.isfinite(loss + norm):              # the only wait for a GPU in an update
             for x, old in zip(self.agent.buffers(), before):
                 x.copy_(old)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
