@@ -34,7 +34,7 @@ TASKS = {"delivery": "--env delivery:30 --env-steps 500000",
 JOBS = {
     **{f"worlds/tmaze-100-{seed}": f"--env tmaze:100 --seed {seed}" for seed in range(2)},
     "worlds/maze-7x7-goals-1-0": "--env maze:7x7?goals=1 --env-steps 300000 --target-return .98",
-    "worlds/maze-7x7-goals-2-0": "--env maze:7x7?goals=2 --env-steps 500000 --target-return 1.96",
+    "worlds/maze-7x7-goals-2-0": "--env maze:7x7?goals=2 --env-steps 500000 --target-return 1.46",
     "worlds/wind-0": "--env wind: --env-steps 1500000",
     "worlds/darkkey-5x5-0": "--env darkkey:5x5 --env-steps 1500000",
     "worlds/darkkey-9x9-0": "--env darkkey:9x9 --env-steps 2000000",
