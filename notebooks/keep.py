@@ -33,7 +33,8 @@ def keep(run, folder):
     for name in ("config.json", "log.csv", "eval.json"):
         shutil.copy(run / name, folder)
     am.save_checkpoint(folder / "checkpoint.pt", {
-        **{name: state[name] for name in ("version", "config", "spec", "env_steps")},
+        **{name: state[name] for name in ("version", "spec", "env_steps")},
+        "config": {**state["config"], "out": ""},
         "learner": {"average": agent}, "processes": {}})
     return (folder / "checkpoint.pt").stat().st_size
 
