@@ -2485,7 +2485,8 @@ def in_words(score, when=""):
     if not math.isnan(score["success"]):
         text += f", success {score['success']:.3f}"
     if len(score["inner_returns"]) > 1:
-        text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"])
+        text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"][:10])
+        text += " ..." * (len(score["inner_returns"]) > 10)
     text += when
     for k, (share, steps) in enumerate(score["goals"], start=1):
         text += f"\n  goal {k}: done in {share:.3f} of the episodes that ask for it"
