@@ -619,25 +619,32 @@ ALIKE = {"seed", "out", "resume", "eval", "render", "versions", "commit", "comma
 
 # What an option takes away from the algorithm, in words.
 WORDS = {("relabel", "none"): "no relabeling", ("relabel", "all"): "relabel all",
-         ("importance", False): "any goal as good", ("hide_plan", True): "plan hidden",
-         ("memory", 1): "no memory"}
+         ("importance", "False"): "any goal as good", ("hide_plan", "True"): "plan hidden",
+         ("memory", "1"): "no memory"}
+
+
+def defaults(size="nano"):
+    """As a config.json has them, but without what may differ between seeds of one experiment."""
+    options = json.loads(json.dumps(dataclasses.asdict(am.Config(size=size))))
+    return {name: value for name, value in options.items() if name not in ALIKE}
 
 
 def comparable(options):
-    """Those that tell one experiment from another. relabel: some and auto mean the same."""
-    options = {name: value for name, value in options.items() if name not in ALIKE}
-    return {**options, "relabel": "auto"} if options.get("relabel") == "some" else options
+    """Those that tell one experiment from another, at their defaults where options, a config.json's,
+    do not name them. relabel: some and auto mean the same."""
+    known = defaults(options.get("size", "nano"))
+    known.update((name, value) for name, value in options.items() if name in known)
+    return {**known, "relabel": "auto"} if known["relabel"] == "some" else known
 
 
 def departures(options):
-    """{option: words} for those that are not at their defaults, a config.json's: {'memory': 'no
-    memory', 'tau': 'tau 0.02'}"""
-    default = json.loads(json.dumps(dataclasses.asdict(am.Config(
-        size=options.get("size", "nano")))))
+    """{option: words} for those that are not at their defaults: {'memory': 'no memory', 'tau':
+    'tau 0.02'}"""
+    own = comparable(options)
     words = {}
-    for name, value in comparable(options).items():
-        if value != default.get(name) or name == "size" and value != am.Config().size:
-            words[name] = WORDS.get((name, value) if name != "gammas" else None, f"{name} {value}")
+    for name, value in own.items():
+        if value != {**defaults(own["size"]), "size": am.Config.size}[name]:
+            words[name] = WORDS.get((name, str(value)), f"{name} {value}")
             if name == "gammas":
                 words[name] = f"one gamma, {value[0]:g}" if len(value) == 1 else (
                     f"{len(value)} gammas, {value[0]:g} to {value[-1]:g}")
@@ -655,7 +662,7 @@ def group(curves):
     panels, taken = {}, {name for name, _ in WORDS} | {"gammas"}
     for env, members in places.items():
         differ = {name for _, own in members for name in own
-                  if any(name in other and other[name] != own[name] for _, other in members)}
+                  if any(other[name] != own[name] for _, other in members)}
         groups = panels.setdefault(env, {})
         for curve, own in members:
             words = [word for name, word in departures(own).items() if name in differ | taken]
@@ -748,7 +755,7 @@ def draw_curves(axes, env, groups, column="return_mean", references=(), labels=N
     axes.set(xlabel="environment steps", title=env,
              ylabel=dict(return_mean="return per episode",
                          success="share of successes").get(column, column))
-    axes.title.set_fontsize(10)
+    axes.title.set_fontsize(9 if labels else 10)
     axes.grid(alpha=0.25)
     if not labels:
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
