@@ -553,7 +553,7 @@ def test_what_was_taken_away_is_in_the_label(tmp_path):
                   ) == ["full", "no relabeling", "relabel all", "one gamma, 0.999",
                         "2 gammas, 0.1 to 0.9"]
     assert labels(dict(tau=0.01, hide_plan=True), dict(tau=0.02, importance=False)) == [
-        "plan hidden", "tau 0.02, any goal as good"]
+        "plan hidden", "any goal as good, tau 0.02"]
 
 
 def test_every_run_is_found_once(tmp_path):
