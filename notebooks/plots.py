@@ -565,7 +565,7 @@ def plot_attention(weights, title="", path=None):
 
 # ==================================================================================================
 # 6. Learning curves
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Curve:
     """log.csv of one run; `options` are those of its config.json, {} if there is none."""
     name: str
