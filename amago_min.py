@@ -55,7 +55,7 @@ from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, Usage
                   catch_signals, check_options_of, each, keep_freed_memory, option,
                   read_command_line, report_disk_trouble)
 
-VERSION = 2    # of checkpoints
+VERSION = 3    # of checkpoints
 # ==================================================================================================
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
@@ -90,15 +90,13 @@ class Config:
                           low=0, high=1024, free=True)
     amp: str = option("auto", "bfloat16 matrix products; auto = where they are faster",
                       choices=("auto", "on", "off"), free=True)
-    compile: bool = option(False, "torch.compile the update: faster, after minutes of compiling",
-                           free=True)
     # when to stop, what to write
     env_steps: int = option(1_000_000, "stop after so many environment steps", low=1, free=True)
     target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
                                 " auto = the environment's known maximum less 1 %%", free=True)
     out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
-    eval_every: int = option(1000, "env steps between evaluations; later on, a tenth of the steps"
-                             " so far", low=1, free=True)
+    eval_every: int = option(0, "env steps between evaluations, later a tenth of those so far; 0 ="
+                             " 1000, or a quarter of an evaluation's", low=0, free=True)
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
@@ -724,7 +722,7 @@ class Agent(nn.Module):
         return self.actor(s).sample()[:, -1]
 
     def forward(self, batch, pair=None):
-        return self.loss(batch, pair)    # DistributedDataParallel and torch.compile wrap calls
+        return self.loss(batch, pair)    # DistributedDataParallel wraps calls
 
     def loss(self, batch, pair=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
@@ -921,8 +919,7 @@ class ReplayBuffer:
 
         def tensor(x):
             x = torch.from_numpy(x)
-            on_cpu = torch.device(device).type == "cpu"
-            return x if on_cpu else x.pin_memory().to(device, non_blocking=True)
+            return x if str(device) == "cpu" else x.pin_memory().to(device, non_blocking=True)
         done = tensor(out.pop("done")[:, 1:])
         out.pop("achieved", None)
         time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
@@ -1002,25 +999,33 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
 # ==================================================================================================
 # 9. Rollouts and exploration ([1] App. A.2, Fig. 13)
 class Exploration:
-    """The randomised bi-level epsilon schedule.
+    """The randomised bi-level epsilon schedule, which in half of the rollouts begins late.
 
-        epsilon = m [e_start - (e_start - e_end) t / horizon],      m ~ U(0, 1) anew at every reset
+        epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
+        m ~ U(0, 1);   b = 0 or, equally likely, horizon - horizon^U(0, 1):    anew for each rollout
 
     e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades over
-    training and within a rollout, whose late steps need an early part that was played well. The
-    random m keeps some rollouts nearly greedy at any time.
+    training and within a rollout, whose late steps need an early part that was played well. A late
+    b tries something new there, with all before it played well: without it, T-Mazes stay unsolved.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
     """
 
     def __init__(self, spec, n_envs, anneal, rng):
         self.spec, self.anneal, self.rng = spec, anneal, rng
-        self.multiplier = rng.uniform(size=n_envs)
+        self.plan = self.draw(n_envs)
+
+    def draw(self, n):
+        """-> (2, n): m and b of n rollouts"""
+        multiplier, late, u = self.rng.uniform(size=(3, n))
+        return np.stack([multiplier, (late < 0.5) * (self.spec.horizon - self.spec.horizon ** u)])
 
     def epsilon(self, time, env_steps):
         """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""
         done = min(1.0, env_steps / self.anneal)
         start, end = 1.0 + (0.05 - 1.0) * done, 0.8 + (0.01 - 0.8) * done
-        return self.multiplier * (start - (start - end) * time / self.spec.horizon)
+        multiplier, begin = self.plan
+        fade = (time - begin) / self.spec.horizon
+        return np.where(fade >= 0, multiplier * (start - (start - end) * fade), 0.0)
 
     def __call__(self, action, time, env_steps):
         """actions (N,) or (N, A) -> the same with noise"""
@@ -1032,8 +1037,8 @@ class Exploration:
         return np.clip(action + epsilon[:, None].astype(np.float32) * noise, -1, 1)
 
     def reset(self, ended):
-        """Draw a new multiplier where `ended` (N,) is True: a rollout begins."""
-        self.multiplier[ended] = self.rng.uniform(size=int(ended.sum()))
+        """Draw anew where `ended` (N,) is True: a rollout begins."""
+        self.plan[:, ended] = self.draw(int(ended.sum()))
 
 
 class Collector:
@@ -1058,10 +1063,9 @@ class Collector:
 
     def newest(self):
         """The newest token of every environment, each (N, 1, ...)."""
-        def tensor(x):
-            return torch.from_numpy(x[:, None]).to(self.device, non_blocking=True)
-        tokens = each(lambda x: tensor(x[self.rows, self.time]), self.tokens)
-        return dict(tokens, time=tensor(self.time))
+        tokens = each(lambda x: x[self.rows, self.time], self.tokens)
+        return each(lambda x: torch.from_numpy(x[:, None]).to(self.device),
+                    dict(tokens, time=self.time))
 
     def act(self):
         """Choose an action everywhere and start the step."""
@@ -1083,9 +1087,8 @@ class Collector:
             self.tokens["done"][i, t] = terminated or (truncated and not self.bootstrap_truncated)
             self.tokens["reset"][i, t] = info.get("reset", False)
             if "achieved" in self.tokens:
-                achieved = info["achieved"]
-                self.tokens["achieved"][i, t, :len(achieved)] = achieved
-                self.tokens["achieved"][i, t, len(achieved):] = 0
+                row, achieved = self.tokens["achieved"][i, t], info["achieved"]
+                row[:len(achieved)], row[len(achieved):] = achieved, 0
             if terminated or truncated:
                 rollout = each(lambda x: x[i, :t + 1].copy(), self.tokens)
                 finished.append((i, Trajectory.of_tokens(
@@ -1121,7 +1124,7 @@ class Collector:
         if self.waiting:
             return dict(env_steps=self.env_steps)
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
-                    env_steps=self.env_steps, multiplier=self.exploration.multiplier,
+                    env_steps=self.env_steps, noise=self.exploration.plan,
                     keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
                     envs=json.dumps(self.envs.call("state")), episode=json.dumps(self.episode))
 
@@ -1131,7 +1134,7 @@ class Collector:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
             self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
-            self.exploration.multiplier = state["multiplier"].numpy()
+            self.exploration.plan = state["noise"].numpy()
             self.cache.keys.copy_(state["keys"])
             self.cache.values.copy_(state["values"])
             self.cache.length = state["length"].numpy()
@@ -1140,10 +1143,8 @@ class Collector:
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
-    """Play whole episodes with the stochastic policy of the last gamma and no exploration noise.
-
-    -> dict(return_mean, return_std, success (NaN where it is not reported), episodes,
-            inner_returns, goals), as `summary` in envs.py explains
+    """Play whole episodes with the stochastic policy of the last gamma and no exploration noise
+    -> the dict that `summary` in envs.py explains, its success NaN where none is reported.
     Every environment plays as many episodes, rounded up: counting those that end first would favour
     short ones. Same seed, same result; training's randomness is kept.
     """
@@ -1188,7 +1189,7 @@ class Learner:
         faster = self.device.type == "cuda" or capable and agent.transformer.width >= 128
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
             config.amp == "on" or config.amp == "auto" and faster))
-        self.forward = torch.compile(agent) if config.compile else agent
+        self.forward = agent
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False           # the statistics agree by themselves
@@ -1209,7 +1210,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        if not torch.isfinite(loss + norm):
+        if not torch.isfinite(loss + norm):              # the only wait for a GPU in an update
             for x, old in zip(self.agent.buffers(), before):
                 x.copy_(old)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
@@ -1225,11 +1226,10 @@ class Learner:
     @torch.no_grad()
     def update_average(self):
         rate = max(0.01, 30 / (self.updates + 30))
-        average, agent = self.average, self.agent
-        torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
-        for x, y in zip(average.buffers(), agent.buffers()):
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.agent.parameters()), rate)
+        for x, y in zip(self.average.buffers(), self.agent.buffers()):
             x.copy_(y)
-        average.keep()
+        self.average.keep()
 
     def state(self):
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
@@ -1434,9 +1434,9 @@ def resumed_config(given, folder):
     UsageError for an option that may not change."""
     config, _, state = load_checkpoint(folder)
     config = environments.changed_options(config, given)
-    if len(state["processes"]) != int(os.environ.get("WORLD_SIZE", 1)):
-        raise UsageError(f"{folder} was trained by {len(state['processes'])} processes; resume it"
-                         " with as many")
+    if (n := len(state["processes"])) != int(os.environ.get("WORLD_SIZE", 1)):
+        how = f"{n} processes; resume it with as many" if n else "others: its agent alone was kept"
+        raise UsageError(f"{folder} was trained by {how}")
     return config, state
 
 

@@ -2389,7 +2389,10 @@ class Log:
         """One evaluation: a row of log.csv and of the console's table."""
         last = self.rows[-1] if self.rows else dict(self.clock, env_steps=0, updates=0)
         if env_steps >= self.next_eval:
-            self.next_eval = env_steps + max(self.config.eval_every, env_steps // 10)
+            # Where rollouts are long, an evaluation takes far more than 1000 steps itself.
+            every = self.config.eval_every or max(
+                1000, self.config.episodes * self.env.horizon // 4)
+            self.next_eval = env_steps + max(every, env_steps // 10)
         elif env_steps == last["env_steps"]:                  # a finished run was resumed
             return
         row = dict(score, **self.clock, env_steps=env_steps, updates=updates,

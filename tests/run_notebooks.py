@@ -70,7 +70,7 @@ def execute(path, smoke):
     os.environ["AMAGO_SMOKE"] = "1" if smoke else ""
     notebook = nbformat.read(path, as_version=4)
     began = time.perf_counter()
-    NotebookClient(notebook, timeout=900, kernel_name="python3",
+    NotebookClient(notebook, timeout=900, kernel_name="python3", coalesce_streams=True,
                    resources={"metadata": {"path": str(FOLDER)}}).execute()
     for cell in code_cells(notebook):
         cell.metadata.pop("execution", None)           # times of day: noise in every diff

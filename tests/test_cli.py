@@ -387,6 +387,20 @@ def test_gradients_that_are_not_finite_stop_the_run(monkeypatch, capsys, tmp_pat
     assert code == 1 and "update 3" in one_line(capsys) and finite(state)
 
 
+@pytest.mark.parametrize("given, horizon, steps, following", [
+    (0, 51, 0, 1000), (0, 2000, 0, 32_000), (0, 2000, 500_000, 550_000), (20, 2000, 40, 60)])
+def test_long_rollouts_are_evaluated_less_often(given, horizon, steps, following):
+    """By hand: 64 episodes of 2000 steps are 128 000 steps, a quarter of them 32 000. Catches runs
+    on Crafter that spend their first hour with evaluations."""
+    class Long(Constant):
+        references, max_return = {}, None
+    env = Long()
+    env.horizon = horizon
+    log = am.Log(am.Config(eval_every=given), env, "agent", writes=False)
+    log.row(dict(return_mean=0.0, return_std=0.0, success=math.nan), steps, updates=0)
+    assert log.next_eval == following
+
+
 def test_control_c_saves_and_exits_130(tmp_path):
     """Catches Ctrl-C that kills the run in the middle of an update or of a file."""
     command = [sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20",

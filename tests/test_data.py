@@ -370,22 +370,42 @@ def test_learning_leaves_the_batch_alone():
 def test_epsilon(time, env_steps, epsilon):
     """Catches noise that is not annealed, over training or over the rollout."""
     noise = am.Exploration(SPECS["discrete"], 1, 1000, np.random.default_rng(0))
-    noise.multiplier[:] = 0.5
+    noise.plan[:] = [[0.5], [0.0]]
     assert noise.epsilon(np.array([time]), env_steps) == pytest.approx(0.5 * epsilon)
+
+
+def test_noise_that_begins_late():
+    """Catches noise before step b, and a fading that does not begin there; horizon 9, b = 6."""
+    noise = am.Exploration(SPECS["discrete"], 1, 1000, np.random.default_rng(0))
+    noise.plan[:] = [[0.5], [6.0]]
+    got = [float(noise.epsilon(np.array([time]), 0)[0]) for time in (0, 5, 6, 9)]
+    assert got == pytest.approx([0, 0, .5, .5 * (1 - .2 * 3 / 9)])
+
+
+def test_where_noise_begins():
+    """Half of the rollouts at once, the others 9^u steps before the end, u ~ U(0, 1): half of those
+    in the last 3 steps. Catches a late beginning that is uniform, or never the last step."""
+    noise = am.Exploration(SPECS["discrete"], 40_000, 1000, np.random.default_rng(0))
+    multiplier, begin = noise.plan
+    assert (begin == 0).mean() == pytest.approx(0.5, abs=0.01)
+    assert (begin > 6).mean() == pytest.approx(0.25, abs=0.01) and 7.9 < begin.max() <= 8
+    assert multiplier.min() < .01 and multiplier.max() > .99
+    assert abs(np.corrcoef(multiplier, begin)[0, 1]) < .02
 
 
 def test_new_rollouts_get_new_noise():
     """Catches one amount of noise for ever, and a change of it within a rollout."""
     noise = am.Exploration(SPECS["discrete"], 4, 1000, np.random.default_rng(0))
-    before = noise.multiplier.copy()
+    before = noise.plan.copy()
     noise.reset(np.array([True, False, True, False]))
-    assert (noise.multiplier != before).tolist() == [True, False, True, False]
+    assert (noise.plan[0] != before[0]).tolist() == [True, False, True, False]
+    assert (noise.plan[1] == before[1])[[1, 3]].all()
 
 
 def test_share_of_greedy_actions():
     """Catches epsilon and 1 - epsilon swapped, and noise that leaves out some actions."""
     noise = am.Exploration(SPECS["discrete"], 40_000, 1000, np.random.default_rng(0))
-    noise.multiplier[:] = 0.6
+    noise.plan[:] = [[0.6], [0.0]]
     counts = np.bincount(noise(np.full(40_000, 2), np.zeros(40_000), 0)) / 40_000
     assert counts == pytest.approx([.15, .15, 1 - .6 + .15, .15], abs=0.01)
 
@@ -393,7 +413,7 @@ def test_share_of_greedy_actions():
 def test_continuous_noise():
     """Catches actions outside the space, and noise of the wrong size."""
     noise = am.Exploration(SPECS["continuous"], 20_000, 1000, np.random.default_rng(0))
-    noise.multiplier[:] = 0.2
+    noise.plan[:] = [[0.2], [0.0]]
     action = noise(np.full((20_000, 2), .9, np.float32), np.zeros(20_000), 0)
     assert action.dtype == np.float32 and action.max() == 1 and action.min() > -1
     small = noise(np.zeros((20_000, 2), np.float32), np.zeros(20_000), 0)

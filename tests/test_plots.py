@@ -15,7 +15,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from PIL import Image
 
 import amago_min as am
-from notebooks import plots
+from notebooks import keep, plots
 from probes import Probe, use
 
 POPGYM, CARTPOLE = "popgym:RepeatPreviousEasy", "meta:gym:CartPole-v1?episodes=2&horizon=8"
@@ -524,3 +524,27 @@ def test_mean_and_spread_by_hand(tmp_path):
     assert math.isnan(curves[0].columns["success"][0])
     x, mean, low, high = plots.mean_and_spread(curves[:1])
     np.testing.assert_array_equal([mean, low, high], [[0, 2, 4], [-.5, 1.5, 3.5], [.5, 2.5, 4.5]])
+
+
+# ---- keep.py ----
+
+
+def test_a_kept_agent_plays_the_same_and_is_small(tmp_path, monkeypatch, capsys):
+    """Catches a kept agent that is not the one that acted, and one that carries its buffer."""
+    monkeypatch.chdir(tmp_path)
+    assert am.main(["--env", POPGYM, "--env-steps", "2000", "--threads", "1", "--out", "run"]) == 0
+    size = keep.keep("run", "kept")
+    assert size < 2_000_000 < (tmp_path / "run/checkpoint.pt").stat().st_size
+    assert sorted(x.name for x in (tmp_path / "kept").iterdir()) == [
+        "checkpoint.pt", "config.json", "eval.json", "log.csv"]
+    said = []
+    for folder in ("run", "kept"):
+        capsys.readouterr()
+        assert am.main(["--eval", folder, "--episodes", "8"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert am.main(["--resume", "kept"]) == 2
+    assert capsys.readouterr().err == (
+        "amago_min.py: kept was trained by others: its agent alone was kept\n")
+    with pytest.raises(am.UsageError, match="kept holds an agent already"):
+        keep.keep("run", "kept")
