@@ -118,12 +118,12 @@ def attention(agent, trajectory, steps=None):
     """Every head's weights over one rollout, or over its first `steps` steps.
 
     -> (layers, H, T+1, T+1): row t is what token t attends to, softmax(q k' / sqrt(d)); rows sum to
-    1, and nothing is right of the diagonal. No window: the whole rollout is one forward pass, while
-    acting forgets what is more than `context` steps ago.
+    1, and nothing is right of the diagonal, nor beyond --memory. The whole rollout is one forward
+    pass, while acting forgets what is more than `context` steps ago.
     """
     blocks, inputs = agent.transformer.blocks, []
     hooks = [block.attention.register_forward_pre_hook(
-        lambda module, given: inputs.append((module, *given[:2]))) for block in blocks]
+        lambda module, given: inputs.append((module, *given[:2], given[4]))) for block in blocks]
     try:
         with looking(agent):
             agent.trunk(tokens_of(agent, trajectory, steps))
@@ -133,15 +133,15 @@ def attention(agent, trajectory, steps=None):
             hook.remove()
 
 
-def head_weights(module, x, rotation):
+def head_weights(module, x, rotation, window=None):
     """The weights of a CausalAttention on the input x (B, T, D) -> (B, H, T, T)"""
     B, T, D = x.shape
     d = D // module.heads
     q, k, _ = module.qkv(x).view(B, T, 3, module.heads, d).permute(2, 0, 3, 1, 4)
     if rotation is not None:
         q, k = am.rotate(q, *rotation), am.rotate(k, *rotation)
-    future = torch.ones(T, T, dtype=bool, device=x.device).triu(1)
-    return (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(future, -math.inf).softmax(-1)
+    seen = torch.ones(T, T, dtype=bool, device=x.device).tril() if window is None else window
+    return (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(~seen, -math.inf).softmax(-1)
 
 
 def values(agent, trajectory, samples=64):

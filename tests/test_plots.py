@@ -102,10 +102,11 @@ def test_tokens_are_those_of_training(env):
     am.each(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), batch["tokens"], tokens)
 
 
+@pytest.mark.parametrize("memory", [0, 5])
 @pytest.mark.parametrize("positions", ["rotary", "learnable", "sinusoidal", "both"])
-def test_attention_is_the_one_of_the_network(positions):
+def test_attention_is_the_one_of_the_network(positions, memory):
     """Catches weights that are not those which the network's own attention uses."""
-    agent, trajectory = rollout(POPGYM, positions=positions)
+    agent, trajectory = rollout(POPGYM, positions=positions, memory=memory)
     for block in agent.transformer.blocks:                   # sharp, and every head another scale
         block.attention.qkv.gamma.data.fill_(4.0)
         torch.nn.init.uniform_(block.attention.head_scale, 0.5, 2)
