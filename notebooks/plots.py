@@ -371,7 +371,7 @@ def saved(figure, path):
     return figure
 
 
-def small_png(figure, colours=128):
+def small_png(figure, colours=48):
     """The figure as a PNG of so many colours, a third as large as matplotlib's: for notebooks, whose
     outputs are kept in git. display(IPython.display.Image(small_png(figure)))"""
     buffer = io.BytesIO()
