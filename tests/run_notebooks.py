@@ -1,8 +1,8 @@
 """Notebooks: execute them from a fresh kernel, and say what is wrong with those that are saved.
 
-    python tests/run_notebooks.py                # all in smoke mode: smaller budgets, every assertion on
-    python tests/run_notebooks.py 03 05          # these two
-    python tests/run_notebooks.py --write 03     # in full, and save what comes out
+    python tests/run_notebooks.py             # all in smoke mode: small budgets, every assertion on
+    python tests/run_notebooks.py 03 05       # these two
+    python tests/run_notebooks.py --write 03  # in full, and save what comes out
 
 Smoke mode is the environment variable AMAGO_SMOKE=1, which a notebook reads where it sets a budget.
 CI runs the first line; tests/test_notebooks.py runs `faults` on what is committed.

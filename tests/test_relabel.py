@@ -514,7 +514,8 @@ def test_training_relabels_as_asked(monkeypatch, tmp_path, options, expected):
         return out
     monkeypatch.setattr(am, "relabel", record)
     monkeypatch.setattr(am, "evaluate", lambda *args: dict(
-        return_mean=0., return_std=0., success=0., episodes=1, inner_returns=[0.]))
+        return_mean=0., return_std=0., success=0., episodes=1, inner_returns=[0.],
+        goals=[]))
     monkeypatch.setattr(am.Collector, "receive", count)
     am.train(am.Config(env="maze:5x5", env_steps=200, parallel_envs=4, batch=4,
                        out=str(tmp_path / "run"), **options))

@@ -78,7 +78,7 @@ def finish(name, code):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="what the names of the runs begin with; all if none")
+    parser.add_argument("names", nargs="*", help="what their names begin with; all if none")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop them all after so long")
