@@ -2423,8 +2423,9 @@ class Log:
             "env", "return_mean", "return_std", "success", "episodes", "env_steps", "updates",
             "train_seconds", "seed")})
         plot_curve(self.rows, self.env, self.folder / "curve.png")
-        tqdm.write(f"\n{in_words(self.rows[-1])} after {last['env_steps']:,} env steps,"
-                   f" {last['updates']:,} updates, {last['seconds']:.1f} s of training\n"
+        when = (f" after {last['env_steps']:,} env steps, {last['updates']:,} updates,"
+                f" {last['seconds']:.1f} s of training")
+        tqdm.write(f"\n{in_words(self.rows[-1], when)}\n"
                    f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
 
     def csv(self):
@@ -2477,14 +2478,16 @@ def summary(trajectories):
                 goals=goals)
 
 
-def in_words(score):
+def in_words(score, when=""):
     """'return 0.998 +- 0.01 over 64 episodes', and what else `summary` found."""
     text = (f"return {score['return_mean']:.3f} +- {score['return_std']:.3f} over"
             f" {score['episodes']} episodes")
     if not math.isnan(score["success"]):
         text += f", success {score['success']:.3f}"
     if len(score["inner_returns"]) > 1:
-        text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"])
+        text += ", inner episodes " + " ".join(f"{x:.3g}" for x in score["inner_returns"][:10])
+        text += " ..." * (len(score["inner_returns"]) > 10)
+    text += when
     for k, (share, steps) in enumerate(score["goals"], start=1):
         text += f"\n  goal {k}: done in {share:.3f} of the episodes that ask for it"
         text += f", after {steps:.1f} steps on average" if share else ""

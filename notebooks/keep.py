@@ -24,12 +24,18 @@ def keep(run, folder):
     _, _, state = am.load_checkpoint(run)
     if (folder / "checkpoint.pt").exists():
         raise UsageError(f"{folder} holds an agent already; remove it, or choose another folder")
+    # What acts is kept bit by bit; critics, which only draw V, in half precision. Target networks
+    # are for learning: under their names the online ones again, which a file of tensors holds once.
+    agent = {name: x.half() if name.startswith("critics.") else x
+             for name, x in state["learner"]["average"].items()}
+    agent = {name: agent[name.removeprefix("target_")] for name in agent}
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "log.csv", "eval.json"):
         shutil.copy(run / name, folder)
     am.save_checkpoint(folder / "checkpoint.pt", {
-        **{name: state[name] for name in ("version", "config", "spec", "env_steps")},
-        "learner": {"average": state["learner"]["average"]}, "processes": {}})
+        **{name: state[name] for name in ("version", "spec", "env_steps")},
+        "config": {**state["config"], "out": ""},
+        "learner": {"average": agent}, "processes": {}})
     return (folder / "checkpoint.pt").stat().st_size
 
 

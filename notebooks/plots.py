@@ -13,8 +13,10 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import io
 import json
 import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -39,8 +41,8 @@ WIDTH = 8.0                                  # inches: a notebook's column
 # other greys they survive a black-and-white printer too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-REFERENCES = {"random": ("random policy", ":"), "best": ("best possible", "--"),
-              "paper": ("AMAGO paper", "-.")}
+REFERENCES = {"random": ("random policy", ":"), "untrained": ("before training", ":"),
+              "best": ("best possible", "--"), "paper": ("AMAGO paper", "-.")}
 
 # ==================================================================================================
 # 1. One episode, played and played again
@@ -116,12 +118,12 @@ def attention(agent, trajectory, steps=None):
     """Every head's weights over one rollout, or over its first `steps` steps.
 
     -> (layers, H, T+1, T+1): row t is what token t attends to, softmax(q k' / sqrt(d)); rows sum to
-    1, and nothing is right of the diagonal. No window: the whole rollout is one forward pass, while
-    acting forgets what is more than `context` steps ago.
+    1, and nothing is right of the diagonal, nor beyond --memory. The whole rollout is one forward
+    pass, while acting forgets what is more than `context` steps ago.
     """
     blocks, inputs = agent.transformer.blocks, []
     hooks = [block.attention.register_forward_pre_hook(
-        lambda module, given: inputs.append((module, *given[:2]))) for block in blocks]
+        lambda module, given: inputs.append((module, *given[:2], given[4]))) for block in blocks]
     try:
         with looking(agent):
             agent.trunk(tokens_of(agent, trajectory, steps))
@@ -131,15 +133,15 @@ def attention(agent, trajectory, steps=None):
             hook.remove()
 
 
-def head_weights(module, x, rotation):
+def head_weights(module, x, rotation, window=None):
     """The weights of a CausalAttention on the input x (B, T, D) -> (B, H, T, T)"""
     B, T, D = x.shape
     d = D // module.heads
     q, k, _ = module.qkv(x).view(B, T, 3, module.heads, d).permute(2, 0, 3, 1, 4)
     if rotation is not None:
         q, k = am.rotate(q, *rotation), am.rotate(k, *rotation)
-    future = torch.ones(T, T, dtype=bool, device=x.device).triu(1)
-    return (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(future, -math.inf).softmax(-1)
+    seen = torch.ones(T, T, dtype=bool, device=x.device).tril() if window is None else window
+    return (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(~seen, -math.inf).softmax(-1)
 
 
 def values(agent, trajectory, samples=64):
@@ -369,6 +371,18 @@ def saved(figure, path):
     return figure
 
 
+def small_png(figure, colours=128):
+    """The figure as a PNG of so many colours, a third as large as matplotlib's: for notebooks, whose
+    outputs are kept in git. display(IPython.display.Image(small_png(figure)))"""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with Image.open(buffer) as picture:
+        picture = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def heat(axes, x, labels, what):
     """Rows of numbers x (rows, columns) over time, each row on a scale of its own, whose end, its
     largest absolute value, stands on the right where it is not 1. Without negative numbers from
@@ -551,12 +565,13 @@ def plot_attention(weights, title="", path=None):
 
 # ==================================================================================================
 # 6. Learning curves
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Curve:
     """log.csv of one run; `options` are those of its config.json, {} if there is none."""
     name: str
     options: dict
     columns: dict           # column -> (rows,) float64, NaN where a cell is empty
+    path: Path = None       # of the log
 
     @staticmethod
     def read(path):
@@ -577,7 +592,24 @@ class Curve:
         config = log.with_name("config.json")
         known = log.name == "log.csv" and config.exists()
         options = json.loads(config.read_text()) if known else {}
-        return Curve(log.stem if path.suffix == ".csv" else path.name, options, columns)
+        return Curve(log.stem if path.suffix == ".csv" else path.name, options, columns, log)
+
+
+def find_runs(folder):
+    """[Curve] of all runs in and below a folder, known by their config.json, in order of path.
+
+    Of runs that differ in nothing that matters (the same seed, options, environment; one may have
+    gone on for longer), only the longest: a kept agent carries the log of the run it came from.
+    """
+    longest = {}
+    for path in sorted(Path(folder).rglob("config.json")):
+        curve = Curve.read(path.parent)
+        same = json.dumps([look_up(curve.options["env"])[0], curve.options["seed"],
+                           comparable(curve.options)], sort_keys=True)
+        other = longest.setdefault(same, curve)
+        if curve.columns["env_steps"][-1] > other.columns["env_steps"][-1]:
+            longest[same] = curve
+    return sorted(longest.values(), key=lambda curve: curve.path)
 
 
 # What may differ between runs that are seeds of one experiment.
@@ -585,60 +617,107 @@ ALIKE = {"seed", "out", "resume", "eval", "render", "versions", "commit", "comma
          *(field.name for field in dataclasses.fields(am.Config) if field.metadata["free"])}
 
 
+# What an option takes away from the algorithm, in words.
+WORDS = {("relabel", "none"): "no relabeling", ("relabel", "all"): "relabel all",
+         ("importance", "False"): "any goal as good", ("hide_plan", "True"): "plan hidden",
+         ("memory", "1"): "no memory"}
+
+
+def defaults(size="nano"):
+    """As a config.json has them, but without what may differ between seeds of one experiment."""
+    options = json.loads(json.dumps(dataclasses.asdict(am.Config(size=size))))
+    return {name: value for name, value in options.items() if name not in ALIKE}
+
+
+def comparable(options):
+    """Those that tell one experiment from another, at their defaults where options, a config.json's,
+    do not name them. relabel: some and auto mean the same."""
+    known = defaults(options.get("size", "nano"))
+    known.update((name, value) for name, value in options.items() if name in known)
+    return {**known, "relabel": "auto"} if known["relabel"] == "some" else known
+
+
+def departures(options):
+    """{option: words} for those that are not at their defaults: {'memory': 'no memory', 'tau':
+    'tau 0.02'}"""
+    own = comparable(options)
+    words = {}
+    for name, value in own.items():
+        if value != {**defaults(own["size"]), "size": am.Config.size}[name]:
+            words[name] = WORDS.get((name, str(value)), f"{name} {value}")
+            if name == "gammas":
+                words[name] = f"one gamma, {value[0]:g}" if len(value) == 1 else (
+                    f"{len(value)} gammas, {value[0]:g} to {value[-1]:g}")
+    return words
+
+
 def group(curves):
-    """{environment: {label: [Curve]}}: seeds of one experiment together, labelled by the options in
-    which it differs from the others of its environment."""
-    options = [{name: value for name, value in curve.options.items() if name not in ALIKE}
-               for curve in curves]
+    """{environment: {label: [Curve]}}: seeds of one experiment together. The label tells what was
+    taken away from the algorithm, and how else it departs from the defaults if not all experiments
+    in its environment do; "full" if in nothing, or "" for an experiment without others."""
     places = {}
-    for curve, own in zip(curves, options):
+    for curve in curves:
         env, _ = look_up(curve.options.get("env", ""))
-        places.setdefault(env, []).append((curve, own))
-    panels = {}
+        places.setdefault(env, []).append((curve, comparable(curve.options)))
+    panels, taken = {}, {name for name, _ in WORDS} | {"gammas"}
     for env, members in places.items():
-        differ = sorted({name for _, own in members for name in own
-                         if any(name in other and other[name] != own[name]
-                                for _, other in members)})
+        differ = {name for _, own in members for name in own
+                  if any(other[name] != own[name] for _, other in members)}
         groups = panels.setdefault(env, {})
         for curve, own in members:
-            label = ", ".join(f"{name} {own[name]}" for name in differ if name in own)
+            words = [word for name, word in departures(own).items() if name in differ | taken]
+            label = ", ".join(words) or "full" * bool(differ)
             # Without a config.json nothing is known of a curve but its name.
             groups.setdefault(label if curve.options else curve.name, []).append(curve)
-    return panels
+    return {env: dict(sorted(groups.items(), key=lambda item: item[0] != "full"))
+            for env, groups in panels.items()}
 
 
-def mean_and_spread(curves):
-    """-> x, mean, lowest and highest return over the runs of one experiment, each (points,).
+def mean_and_spread(curves, column="return_mean"):
+    """-> x, mean, lowest and highest of a column over the runs of one experiment, each (points,).
 
-    Between evaluations returns are interpolated; a run that has ended (it reached its target) keeps
-    its last one. Of a single run: its mean, less and plus one standard deviation over episodes.
+    Between evaluations it is interpolated; a run that has ended (it reached its target) keeps its
+    last one. Of a single run: its mean, less and plus one standard deviation over episodes; of a
+    share of successes, one standard error.
     """
     if len(curves) == 1:
-        x, mean, std = (curves[0].columns[name] for name in ("env_steps", "return_mean",
-                                                             "return_std"))
+        x, mean, std = (curves[0].columns[name] for name in ("env_steps", column, "return_std"))
+        if column == "success":
+            std = np.sqrt(mean * (1 - mean) / curves[0].options.get("episodes", 64))
         return x, mean, mean - std, mean + std
     x = np.unique(np.concatenate([curve.columns["env_steps"] for curve in curves]))
-    y = np.stack([np.interp(x, curve.columns["env_steps"], curve.columns["return_mean"])
+    y = np.stack([np.interp(x, curve.columns["env_steps"], curve.columns[column])
                   for curve in curves])
     return x, y.mean(0), y.min(0), y.max(0)
 
 
-def plot_curves(runs, path=None):
-    """Return against env steps, a panel for each environment, a line for each experiment.
+def plot_curves(runs, path=None, column="return_mean", columns=2, height=4.2, references=None,
+                one_legend=False):
+    """Return, or another column, against env steps, a panel for each environment, a line for each
+    experiment.
 
-    runs: folders or .csv files; those that differ in nothing but the seed become one line. Shaded:
-    from the lowest to the highest seed; of a single run, one standard deviation over episodes.
+    runs: Curves, or folders or .csv files; those that differ in nothing but the seed become one
+    line. Shaded: from the lowest to the highest seed; of a single run, see mean_and_spread.
+    references: {environment: {name of REFERENCES: y}}; for those not in it, its known returns.
+    one_legend: for all panels, where the same experiment has the same colour.
     """
-    panels = group([Curve.read(run) for run in runs])
-    columns = min(len(panels), 2)
+    panels = group([run if isinstance(run, Curve) else Curve.read(run) for run in runs])
+    labels = list(dict.fromkeys(label or "full" for groups in panels.values() for label in groups))
+    columns = min(len(panels), columns)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, 0.3 + (5 if columns == 1 else 4.2) * rows), dpi=120,
-                    layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.3 + (1.2 * height if columns == 1 else height) * rows),
+                    dpi=100 if one_legend else 120, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (env, groups) in zip(grid.flat, panels.items()):
-        draw_curves(axes, env, groups)
+        known = look_up(env)[1] if column == "return_mean" else {}
+        draw_curves(axes, env, groups, column, (references or {}).get(env, known),
+                    labels if one_legend else None)
     for axes in grid.flat[len(panels):]:
         axes.set_axis_off()
+    if one_legend:
+        handles = {label: handle for axes in grid.flat[:len(panels)]
+                   for handle, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
     return saved(figure, path)
 
 
@@ -653,30 +732,95 @@ def look_up(name):
         return name, {}
 
 
-def draw_curves(axes, env, groups):
-    for name, y in look_up(env)[1].items():
+def draw_curves(axes, env, groups, column="return_mean", references=(), labels=None):
+    """labels: those of all panels; given, numbers and the legend itself are left to the figure."""
+    for name, y in dict(references).items():
         label, style = REFERENCES[name]
-        axes.axhline(y, ls=style, color="0.35", lw=1.1, label=f"{label}: {y:g}")
+        axes.axhline(y, ls=style, color="0.35", lw=1.1,
+                     label=label if labels else f"{label}: {y:.3g}")
+    what = "std over episodes" if column == "return_mean" else "standard error"
     for i, (label, curves) in enumerate(groups.items()):
+        i = labels.index(label or "full") if labels else i
         colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
-        x, mean, low, high = mean_and_spread(curves)
+        x, mean, low, high = mean_and_spread(curves, column)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-        count = ("1 run, \u00b1 one std over episodes" if len(curves) == 1 else
+        count = (f"1 run, \u00b1 one {what}" if len(curves) == 1 else
                  f"{len(curves)} runs, lowest to highest")
-        axes.plot(x, mean, color=colour, ls=style, lw=1.8,
-                  label=f"{label} ({count})" if label else count)
+        count = f"{label} ({count})" if label else count
+        axes.plot(x, mean, color=colour, ls=style, lw=1.8, label=labels[i] if labels else count)
         for curve in curves:                                 # where each run ended
-            axes.plot(curve.columns["env_steps"][-1], curve.columns["return_mean"][-1], "o", ms=4,
+            axes.plot(curve.columns["env_steps"][-1], curve.columns[column][-1], "o", ms=4,
                       color=colour, mec="white", mew=0.6)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(xlabel="environment steps", ylabel="return per episode", title=env)
-    axes.title.set_fontsize(10)
+    axes.set(xlabel="environment steps", title=env,
+             ylabel=dict(return_mean="return per episode",
+                         success="share of successes").get(column, column))
+    axes.title.set_fontsize(9 if labels else 10)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    if not labels:
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 # ==================================================================================================
-# 7. Command line
+# 7. Success by goal
+# Shares of episodes that reach a goal of crafter:instructions: the paper's Table 1; and uniformly
+# random actions, at any time in an episode, over 5088 of them (858 878 steps; 0 where missing).
+CRAFTER_PAPER = {
+    "collect wood": .999, "collect drink": .999, "place plant": .993, "wake up": .999,
+    "place table": .967, "make wood sword": .998, "eat cow": .966, "defeat zombie": .972,
+    "make wood pickaxe": .998, "collect stone": .995, "place furnace": .942,
+    "make stone pickaxe": .978, "make stone sword": .983, "collect coal": .901,
+    "defeat skeleton": .765, "collect iron": 0.0}
+CRAFTER_RANDOM = {
+    **dict.fromkeys(CRAFTER_PAPER, 0.0), "wake up": .940, "collect sapling": .507,
+    "place plant": .452, "collect wood": .241, "collect drink": .102, "place table": .043,
+    "make wood pickaxe": .0024, "eat cow": .0024, "make wood sword": .0024,
+    "defeat zombie": .0016, "eat plant": .0002, "defeat skeleton": .0002, "place stone": .0002,
+    "collect stone": .0002}
+
+
+def read_goals(path):
+    """What `--eval DIR --instruction GOAL` printed for one goal after another -> {goal: (episodes
+    that did it, episodes)}; see plot_goals."""
+    pattern = r"[?&]instruction=(.*?) after .* over (\d+) episodes, success ([\d.]+)"
+    return {goal: (round(int(number) * float(share)), int(number))
+            for goal, number, share in re.findall(pattern, Path(path).read_text())}
+
+
+def wilson(k, n, z=1.96):
+    """k successes in n tries -> the ends of Wilson's 95 % interval for their chance."""
+    p = k / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def plot_goals(done, path=None, title="", **references):
+    """A bar for the share of successes of each goal, with its 95 % interval, beside references.
+
+    done: {goal: (successes, episodes)}; references: random, paper = {goal: share}
+    """
+    figure = Figure(figsize=(WIDTH, 4.2), dpi=100, layout="constrained")
+    axes, x = figure.subplots(), np.arange(len(done))
+    share = np.array([k / n for k, n in done.values()])
+    ends = np.array([wilson(k, n) for k, n in done.values()])
+    axes.bar(x, share, 0.7, color=COLOURS[5], edgecolor=COLOURS[0], label="this agent")
+    axes.errorbar(x, share, np.abs(ends.T - share), fmt="none", ecolor="k", elinewidth=1.2,
+                  capsize=2, label="95 % interval")
+    for (name, known), (colour, marker) in zip(references.items(), ((COLOURS[6], "_"),
+                                                                    (COLOURS[1], "D"))):
+        places = [i for i, goal in enumerate(done) if goal in known]
+        axes.plot(places, [known[goal] for goal in done if goal in known], marker, color=colour,
+                  ms=13 if marker == "_" else 5, mew=2 if marker == "_" else 0,
+                  label=REFERENCES[name][0], clip_on=False, zorder=3)
+    axes.set_xticks(x, done, rotation=40, ha="right", fontsize=8)
+    axes.set(ylim=(0, 1.02), ylabel="share of episodes", title=title)
+    axes.grid(axis="y", alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    return saved(figure, path)
+
+
+# ==================================================================================================
+# 8. Command line
 def main(argv=None):
     """-> exit code: 0 done, 1 nothing could be written or replayed, 2 bad arguments"""
     parser = environments.Parser(prog="plots.py", description=__doc__.split("\n")[0])

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import types
 
 import gymnasium
@@ -101,10 +102,11 @@ def test_tokens_are_those_of_training(env):
     am.each(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), batch["tokens"], tokens)
 
 
+@pytest.mark.parametrize("memory", [0, 5])
 @pytest.mark.parametrize("positions", ["rotary", "learnable", "sinusoidal", "both"])
-def test_attention_is_the_one_of_the_network(positions):
+def test_attention_is_the_one_of_the_network(positions, memory):
     """Catches weights that are not those which the network's own attention uses."""
-    agent, trajectory = rollout(POPGYM, positions=positions)
+    agent, trajectory = rollout(POPGYM, positions=positions, memory=memory)
     for block in agent.transformer.blocks:                   # sharp, and every head another scale
         block.attention.qkv.gamma.data.fill_(4.0)
         torch.nn.init.uniform_(block.attention.head_scale, 0.5, 2)
@@ -499,13 +501,13 @@ def test_seeds_become_one_line(tmp_path):
     panels = plots.group([plots.Curve.read(run) for run in runs])
     names = {env: {label: [curve.name for curve in curves] for label, curves in groups.items()}
              for env, groups in panels.items()}
-    assert names == {POPGYM: {"lr 0.001": ["a", "b"], "lr 0.002": ["c"]},
+    assert names == {POPGYM: {"full": ["a", "b"], "lr 0.002": ["c"]},
                      "gym:Gone-v0": {"": ["d"]}, "": {"e": ["e"]}}
     figure = plots.plot_curves(runs, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert legend == ["random policy: -0.503", "best possible: 1", "AMAGO paper: 0.997",
-                      "lr 0.001 (2 runs, lowest to highest)",
+                      "full (2 runs, lowest to highest)",
                       "lr 0.002 (1 run, ± one std over episodes)"]
     lines = figure.axes[0].lines
     assert [line.get_ydata()[0] for line in lines[:3]] == pytest.approx([-0.503, 1, 0.997])
@@ -524,6 +526,98 @@ def test_mean_and_spread_by_hand(tmp_path):
     assert math.isnan(curves[0].columns["success"][0])
     x, mean, low, high = plots.mean_and_spread(curves[:1])
     np.testing.assert_array_equal([mean, low, high], [[0, 2, 4], [-.5, 1.5, 3.5], [.5, 2.5, 4.5]])
+
+
+def test_the_spread_of_a_share_is_its_standard_error(tmp_path):
+    """Catches the standard deviation of returns around a share of successes."""
+    run = write_log(tmp_path / "a", [0, 10], [0, 1], env=POPGYM, seed=0, episodes=25)
+    curve = plots.Curve.read(run)
+    curve.columns["success"] = np.array([0.0, 0.2])
+    _, mean, low, high = plots.mean_and_spread([curve], "success")
+    np.testing.assert_allclose([mean, low, high], [[0, .2], [0, .12], [0, .28]])
+
+
+def test_what_was_taken_away_is_in_the_label(tmp_path):
+    """Catches an ablation that is drawn as the algorithm itself, alone or beside it."""
+    number = itertools.count()
+
+    def labels(*all_options):
+        runs = [write_log(tmp_path / str(next(number)), [0], [0], env=POPGYM, **options)
+                for options in all_options]
+        return list(plots.group([plots.Curve.read(run) for run in runs])[POPGYM])
+    assert labels(dict(memory=1)) == ["no memory"]
+    assert labels(dict(relabel="some")) == [""]
+    assert labels(dict(size="small", tau=0.02)) == [""]      # of all alike: not worth a label
+    default = list(am.Config().gammas)
+    assert labels(dict(relabel="none"), dict(relabel="auto"), dict(relabel="all", gammas=default),
+                  dict(relabel="some", gammas=[0.999]), dict(relabel="auto", gammas=[0.1, 0.9])
+                  ) == ["full", "no relabeling", "relabel all", "one gamma, 0.999",
+                        "2 gammas, 0.1 to 0.9"]
+    assert labels(dict(tau=0.01, hide_plan=True), dict(tau=0.02, importance=False)) == [
+        "plan hidden", "any goal as good, tau 0.02"]
+
+
+def test_every_run_is_found_once(tmp_path):
+    """Catches runs that are left out, counted twice, and the shorter one of two."""
+    def write(name, steps, **options):
+        return write_log(tmp_path / name, steps, [0] * len(steps), **options)
+    write("a", [0, 10], env="popgym:RepeatPrevious", seed=0, env_steps=10, lr=1e-3)
+    write("b", [0, 10, 20], env=POPGYM, seed=0, env_steps=20, lr=1e-3)
+    write("c", [0, 10], env=POPGYM, seed=1, env_steps=10, lr=1e-3)
+    write("d", [0, 10], env=POPGYM, seed=0, env_steps=10, lr=2e-3)
+    write("e", [0, 10])                                      # no config.json: no run of ours
+    assert [run.name for run in plots.find_runs(tmp_path)] == ["b", "c", "d"]
+
+
+def test_one_legend_for_all_panels(tmp_path):
+    """Catches an experiment whose colour changes from panel to panel."""
+    runs = [write_log(tmp_path / f"{env}{memory}", [0, 10], [0, 1], env=f"popgym:{env}Easy", seed=0,
+                      memory=memory)
+            for env, memory in (("Autoencode", 1), ("RepeatFirst", 0), ("RepeatFirst", 1))]
+    figure = plots.plot_curves(runs, one_legend=True)
+    colours = [{line.get_label(): line.get_color() for line in axes.lines}["no memory"]
+               for axes in figure.axes]
+    assert colours[0] == colours[1] and all(axes.get_legend() is None for axes in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "random policy", "best possible", "AMAGO paper", "no memory", "full"]
+
+
+# ---- success by goal ----
+
+
+def test_goals_are_read_from_what_eval_printed(tmp_path, capsys):
+    """Catches a pattern that no longer fits what --eval prints."""
+    env = "maze:7x7"
+    save_run(tmp_path / "run", env, agent_for(am.environments.make_env(env)))
+    for goal in ("travel to (5, 3)", "travel to (1, 1), travel to (5, 3)"):
+        assert am.main(["--eval", str(tmp_path / "run"), "--instruction", goal,
+                        "--episodes", "4"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "goals.txt").write_text(printed)
+    done = plots.read_goals(tmp_path / "goals.txt")
+    assert list(done) == ["travel to (5, 3)", "travel to (1, 1), travel to (5, 3)"]
+    successes = [float(share) for share in re.findall(r"success ([0-9.]+)", printed)]
+    assert list(done.values()) == [(round(4 * share), 4) for share in successes]
+    figure = plots.plot_goals(done, random={"travel to (5, 3)": 0.5}, paper={})
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == pytest.approx([k / n for k, n in done.values()])
+
+
+def test_wilson_by_hand():
+    """Catches intervals that leave [0, 1] or have no length at its ends."""
+    assert plots.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert plots.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert plots.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_small_png_is_the_same_picture():
+    """Catches a picture for notebooks that lost its size or its colours."""
+    figure = plots.Figure(figsize=(4, 3), dpi=100)
+    figure.subplots().plot([0, 1], color=plots.COLOURS[1])
+    with Image.open(plots.io.BytesIO(plots.small_png(figure))) as picture:
+        assert picture.size == (400, 300) and picture.mode == "P"
+        colours = np.array(picture.convert("RGB")).reshape(-1, 3)
+    assert (np.abs(colours.astype(int) - (213, 94, 0)).max(1) < 12).any()
 
 
 # ---- keep.py ----
