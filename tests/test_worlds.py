@@ -184,7 +184,8 @@ def test_unknown_reset_options_are_refused():
 
 
 @pytest.mark.parametrize("name, rollouts", [
-    ("darkkey:9x9", 40), ("darkkey:8x8?fixed_start=true", 40), ("tmaze:100", 60), ("tmaze:1", 400),
+    ("darkkey:9x9", 40), ("darkkey:8x8?fixed_start=true", 40), ("darkkey:5x5", 100),
+    ("tmaze:100", 60), ("tmaze:1", 400),
     ("wind:", 20), ("maze:7x7", 80), ("maze:15x15", 60), ("maze:31x31", 40), ("delivery:30", 200)])
 def test_documented_random_return(name, rollouts):
     mean, error = mean_return(name, uniform, rollouts)
