@@ -1517,15 +1517,21 @@ class CrafterGame:
         land[plain[water[plain] > 0.3]] = ids["water"]
         land[shore[noise("sand", shore) > -0.2]] = ids["sand"]
 
-        # what depends on luck: one number per question that comes to be asked, cell by cell
         chances = np.zeros((4, 64 * 64), bool)  # of coal, iron, diamond, tree
         chances[0, solid] = noise("coal", solid) > 0
         chances[1, solid] = noise("iron", solid) > 0.4
         chances[2, solid] = rock[solid] > 0.18
         plain = plain[land[plain] == ids["grass"]]
         chances[3, plain] = noise("trees", plain) > 0
-        cells = np.flatnonzero(chances.any(0))
-        with uniform_numbers(world.random, int(chances.sum())) as uniform:
+        self.scatter(land, chances)
+        world._mat_map = land.reshape(64, 64)
+        self.populate(land, distance, tunnel)
+
+    def scatter(self, land, chances):
+        """Turn cells of `land` into coal, iron, diamond or tree, where `chances` (4, cells) has it
+        that one may be there: one random number per question that comes to be asked."""
+        ids, cells = self.world._mat_ids, np.flatnonzero(chances.any(0))
+        with uniform_numbers(self.world.random, int(chances.sum())) as uniform:
             for cell, coal, iron, diamond, tree in zip(cells.tolist(), *chances[:, cells].tolist()):
                 if coal and uniform() > 0.85:
                     land[cell] = ids["coal"]
@@ -1535,8 +1541,6 @@ class CrafterGame:
                     land[cell] = ids["diamond"]
                 elif tree and uniform() > 0.8:
                     land[cell] = ids["tree"]
-        world._mat_map = land.reshape(64, 64)
-        self.populate(land, distance, tunnel)
 
     def populate(self, land, distance, tunnel):
         from crafter import objects
