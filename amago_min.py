@@ -281,7 +281,10 @@ class CausalAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
+            if x.device.type == "cpu":                   # there bfloat16 is five times slower
+                q, k, v = q.float(), k.float(), v.float()
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
             k, v, valid = cache.append(layer, k[:, :, 0], v[:, :, 0])    # (B, H, L, d)
             score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
@@ -714,7 +717,7 @@ class Agent(nn.Module):
         """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
         return self.transformer(self.encoder(tokens, mask), tokens["time"], cache)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, tokens, cache):
         """tokens of one step (N, 1, ...) -> actions (N,) or (N, A) of the last gamma's policy."""
         assert not self.training, "act in eval mode: a training forward changes sigma's u and v"
