@@ -14,7 +14,6 @@ whole rollouts, for many discount factors at once, in ONE update with ONE optimi
 How to read it
     15 minutes      Config, Trajectory (the picture), Agent.loss, train
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
-
 Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
               G discount factors    C critics      A actions or action dimensions
               N parallel environments              K slots of the instruction
@@ -439,9 +438,8 @@ class TimestepEncoder(nn.Module):
     def forward(self, tokens, mask=None):
         """tokens: dict of obs (dict), action, reward, reset, time, each (B, T, ...), see
         `Trajectory`; mask (B, T): update the statistics with these tokens (training only)."""
-        spec, time = self.spec, tokens["time"]
+        spec, time, action = self.spec, tokens["time"], tokens["action"]
         started = (time > 0).unsqueeze(-1)                               # (B, T, 1)
-        action = tokens["action"]
         if spec.discrete:
             action = F.one_hot(action, spec.actions)
         flat = torch.cat([tokens["reset"].unsqueeze(-1).float(), tokens["reward"].unsqueeze(-1),
@@ -724,8 +722,8 @@ class Agent(nn.Module):
         s = self.trunk(tokens, cache=cache)[:, 0]                        # (N, D)
         return self.actor(s).sample()[:, -1]
 
-    def forward(self, batch, pair=None):
-        return self.loss(batch, pair)    # DistributedDataParallel wraps calls
+    def forward(self, *args):
+        return self.loss(*args)    # DistributedDataParallel wraps calls
 
     def loss(self, batch, pair=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
@@ -1151,8 +1149,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     Every environment plays as many episodes, rounded up: counting those that end first would favour
     short ones. Same seed, same result; training's randomness is kept.
     """
-    n_envs = min(episodes, max_envs)
-    was_training, played = agent.training, []
+    n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
