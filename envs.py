@@ -136,6 +136,12 @@ def nearest(wrong, choices):
     return "nearest: " + ", ".join(by_lower[lower] for lower in close)
 
 
+def one_line(x):
+    """Any object for an error message: on one line, not endless."""
+    text = " ".join(str(x).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def check_options(name, options, allowed):
     for key in options:
         if key not in allowed:
@@ -154,11 +160,13 @@ def positive_int(name, key, value):
 # several times faster, because tables are made once and the kind of space is asked once.
 # The functions live at module level and are bound with `partial`, so environments can be pickled.
 
+LARGEST = 1e15  # of numbers: their squares still fit into float32, summed over a batch
+
 
 def observation_encoder(space):
     """Uniform observation space, and the function from a raw observation into it."""
     parts = [(path, part, part_encoder(part)) for path, part in leaves(space)]
-    images = [(path, part) for path, part, _ in parts if is_image(part)]
+    images = [(path, part, encode) for path, part, encode in parts if is_image(part)]
     vectors = [(path, encode) for path, part, encode in parts if not is_image(part)]
     if len(images) > 1 or not parts:
         raise ValueError(f"observations of {len(images)} pictures in {len(parts)} parts are not "
@@ -173,9 +181,9 @@ def observation_encoder(space):
         return images[0][1] if images else box, parts[0][2]
     if not images:
         return box, functools.partial(encode_parts, vectors)
-    (path, image), = images
+    (path, image, encode), = images
     uniform = spaces.Dict({"image": image, **({"vector": box} if vectors else {})})
-    return uniform, functools.partial(encode_with_image, path, vectors)
+    return uniform, functools.partial(encode_with_image, path, encode, vectors)
 
 
 def leaves(space, path=()):
@@ -193,43 +201,95 @@ def is_image(space):
 
 
 def part_encoder(space):
+    """The function from a raw observation in a simple space to a fresh array; it raises something
+    if the observation is not in the space, see complaint."""
     if is_image(space):
-        return np.array  # a copy
+        return functools.partial(picture, space.shape)
     if isinstance(space, spaces.Discrete):
         rows = list(np.eye(space.n, dtype=np.float32))  # a list: indexing an array costs 3x more
         return functools.partial(one_hot, rows, int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
-        sizes = space.nvec.ravel()
-        offsets = np.cumsum(sizes) - sizes - space.start.ravel()
-        return functools.partial(many_one_hots, offsets, int(sizes.sum()))
-    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
-        return plain_numbers
+        sizes, starts = space.nvec.ravel().tolist(), space.start.ravel().tolist()
+        places = itertools.count()
+        tables = [{start + i: next(places) for i in range(size)}
+                  for size, start in zip(sizes, starts)]
+        return functools.partial(many_one_hots, tables, sum(sizes))
+    if isinstance(space, spaces.MultiBinary):
+        return functools.partial(bits, space.shape)
+    if isinstance(space, spaces.Box):
+        return functools.partial(plain_numbers, space.shape)
     raise ValueError(f"observations of type {type(space).__name__} are not supported; supported: "
                      "Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple of these")
 
 
 def one_hot(rows, start, value):
-    return rows[value - start].copy()  # a copy, so that nobody can spoil the table
+    """Row value - start of the table, a copy, so that nobody can spoil it."""
+    if value < start:  # a list would take -1 for its last row
+        raise IndexError
+    return rows[value - start].copy()
 
 
-def many_one_hots(offsets, size, value):
+def many_one_hots(tables, size, value):
+    """One 1 for each of several numbers; tables: {number: its place in the vector}."""
     out = np.zeros(size, dtype=np.float32)
-    out[np.ravel(value) + offsets] = 1.0
+    for table, number in zip(tables, np.ravel(value).tolist(), strict=True):
+        out[table[number]] = 1.0
     return out
 
 
-def plain_numbers(value):
+def bits(shape, value):
+    """0s and 1s as a float32 vector."""
+    numbers = plain_numbers(shape, value)
+    if not np.isin(numbers, (0, 1)).all():
+        raise ValueError
+    return numbers
+
+
+def plain_numbers(shape, value):
+    """Numbers of this shape as a float32 vector. A little outside of a Box's bounds, as some of
+    popgym and gymnasium are, is not too far; see LARGEST."""
+    value = np.asarray(value)
+    if value.shape != shape or not np.abs(value).max(initial=0) <= LARGEST:  # NaN is not <=
+        raise ValueError
     return np.array(value, dtype=np.float32).ravel()
 
 
+def picture(shape, value):
+    """A copy of uint8 (H, W, C)."""
+    value = np.array(value)
+    if value.shape != shape or value.dtype != np.uint8:
+        raise ValueError
+    return value
+
+
 def encode_parts(parts, value):
+    """Several parts, (path of keys, encoder) each, side by side in one vector."""
     return np.concatenate([encode(functools.reduce(operator.getitem, path, value))
                            for path, encode in parts])
 
 
-def encode_with_image(image_path, parts, value):
-    image = np.array(functools.reduce(operator.getitem, image_path, value))
+def encode_with_image(image_path, encode_image, parts, value):
+    """A picture beside such a vector."""
+    image = encode_image(functools.reduce(operator.getitem, image_path, value))
     return {"image": image, **({"vector": encode_parts(parts, value)} if parts else {})}
+
+
+def complaint(space, observation):
+    """Which part of a raw observation is not in its space, in words; None if all are."""
+    for path, part in leaves(space):
+        name = "observation" + "".join(f"[{key!r}]" for key in path)
+        try:
+            value = functools.reduce(operator.getitem, path, observation)
+        except (TypeError, LookupError):
+            return f"{name} is missing"
+        try:
+            part_encoder(part)(value)
+        except Exception:  # whatever numpy and Python raise for what users may return
+            shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
+            right = (f"{part.dtype} of shape {part.shape}, at most {LARGEST:g} in size"
+                     if isinstance(part, spaces.Box) else f"in {one_line(part)}")
+            return f"{name} is {one_line(repr(value))}{shape}, not {right}"
+    return None
 
 
 def action_decoder(space):
@@ -301,22 +361,37 @@ class Adapter(Seeded):
         self.action_space, self._decode = action_decoder(inner.action_space)
         self.metadata, self.render_mode = inner.metadata, inner.render_mode
         self._limit = float("inf") if limit is None else limit
-        self._steps_left = self._limit
+        self.time = 0
 
     def begin(self, seed, options):
-        self._steps_left = self._limit
+        self.time = 0
         observation, info = self.reset_inner(seed, options or None)
-        return self._encode(observation), public_info(info)
+        return self.encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
         return self.inner.reset(seed=seed, options=options)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.inner.step(self._decode(action))
-        self._steps_left -= 1
-        truncated = bool(truncated) or self._steps_left <= 0
-        return (self._encode(observation), float(reward), bool(terminated), truncated,
-                public_info(info))
+        self.time += 1
+        truncated = bool(truncated) or self.time >= self._limit
+        try:
+            reward = float(reward)
+        except (TypeError, ValueError):
+            raise self.broken(f"the reward is {one_line(repr(reward))}") from None
+        return self.encode(observation), reward, bool(terminated), truncated, public_info(info)
+
+    def encode(self, observation):
+        try:
+            return self._encode(observation)
+        except Exception:
+            wrong = complaint(self.inner.observation_space, observation)
+            if not wrong:
+                raise
+        raise self.broken(wrong)
+
+    def broken(self, what):
+        return BrokenEnvironment(f"{self.name}: at step {self.time}, {what}")
 
     def render(self):
         return self.inner.render()
@@ -2092,7 +2167,7 @@ class Shard:
             self.time[i] += 1
             self.actions[i].append(action)
             self.check(i, observation)
-            if not np.isfinite(reward):
+            if not abs(reward) <= LARGEST:
                 raise self.broken(i, f"the reward is {reward}")
             ended = terminated or truncated
             if not ended and self.time[i] >= env.horizon:
@@ -2132,8 +2207,9 @@ class Shard:
             if getattr(x, "shape", None) != box.shape:
                 raise self.broken(i, f"observation {part!r} has shape {np.shape(x)}, not"
                                      f" {box.shape}")
-            if x.dtype.kind == "f" and not np.isfinite(x).all():
-                raise self.broken(i, f"observation {part!r} holds NaN or inf: {x}")
+            if x.dtype.kind == "f" and not np.abs(x).max(initial=0) <= LARGEST:  # NaN is not <=
+                raise self.broken(i, f"observation {part!r} holds NaN, inf or more than {LARGEST:g}"
+                                     f" in size: {one_line(x)}")
 
     def broken(self, i, what):
         return BrokenEnvironment(f"{self.name}: at step {self.time[i]} of environment"
