@@ -235,6 +235,17 @@ def test_integer_actions_count_from_zero_and_arrive_plain():
     same(raw.action, [[1, 7]])
 
 
+@pytest.mark.parametrize("space, count", [
+    (spaces.MultiDiscrete([1000] * 6), "1,000,000,000,000,000,000"),
+    (spaces.MultiDiscrete([101, 100]), "10,100"), (spaces.Discrete(10_001), "10,001")], ids=str)
+def test_too_many_actions_are_refused(space, count):
+    """Catches a network with an output for each of 10^18 combinations."""
+    with pytest.raises(envs.UsageError, match=f"gym:Mine-v0 has {count} actions.*at most 10,000$"):
+        envs.Spec.of(envs.Adapter(Recorder(space), "gym:Mine-v0", 10))
+    for few in (spaces.MultiDiscrete([100, 100]), spaces.Discrete(10_000)):
+        assert envs.Spec.of(envs.Adapter(Recorder(few), "gym:Mine-v0", 10)).actions == 10_000
+
+
 @pytest.mark.parametrize("name", [n for n in POPGYM_NAMES if n.endswith("Easy")])
 def test_popgym_takes_every_kind_of_integer(name):
     env = make_env(name, seed=0)
