@@ -1341,7 +1341,7 @@ def hindsight(config, env, rng):
     """-> what ReplayBuffer takes to relabel what it draws: a function and a GoalRarity, or None."""
     if not hasattr(env, "max_achieved"):
         if config.relabel in ("some", "all"):
-            raise UsageError(f"--relabel {config.relabel}: {env.name} has no instructions")
+            raise UsageError(f"--relabel {config.relabel}: {environments.no_hindsight(env)}")
         return None, None
     rarity = GoalRarity() if config.importance else None
     scheme = "some" if config.relabel == "auto" else config.relabel

@@ -136,6 +136,12 @@ def nearest(wrong, choices):
     return "nearest: " + ", ".join(by_lower[lower] for lower in close)
 
 
+def one_line(x):
+    """Any object for an error message: on one line, not endless."""
+    text = " ".join(str(x).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def check_options(name, options, allowed):
     for key in options:
         if key not in allowed:
@@ -154,11 +160,13 @@ def positive_int(name, key, value):
 # several times faster, because tables are made once and the kind of space is asked once.
 # The functions live at module level and are bound with `partial`, so environments can be pickled.
 
+LARGEST = 1e15  # of numbers: their squares still fit into float32, summed over a batch
+
 
 def observation_encoder(space):
     """Uniform observation space, and the function from a raw observation into it."""
     parts = [(path, part, part_encoder(part)) for path, part in leaves(space)]
-    images = [(path, part) for path, part, _ in parts if is_image(part)]
+    images = [(path, part, encode) for path, part, encode in parts if is_image(part)]
     vectors = [(path, encode) for path, part, encode in parts if not is_image(part)]
     if len(images) > 1 or not parts:
         raise ValueError(f"observations of {len(images)} pictures in {len(parts)} parts are not "
@@ -173,9 +181,9 @@ def observation_encoder(space):
         return images[0][1] if images else box, parts[0][2]
     if not images:
         return box, functools.partial(encode_parts, vectors)
-    (path, image), = images
+    (path, image, encode), = images
     uniform = spaces.Dict({"image": image, **({"vector": box} if vectors else {})})
-    return uniform, functools.partial(encode_with_image, path, vectors)
+    return uniform, functools.partial(encode_with_image, path, encode, vectors)
 
 
 def leaves(space, path=()):
@@ -193,43 +201,95 @@ def is_image(space):
 
 
 def part_encoder(space):
+    """The function from a raw observation in a simple space to a fresh array; it raises something
+    if the observation is not in the space, see complaint."""
     if is_image(space):
-        return np.array  # a copy
+        return functools.partial(picture, space.shape)
     if isinstance(space, spaces.Discrete):
         rows = list(np.eye(space.n, dtype=np.float32))  # a list: indexing an array costs 3x more
         return functools.partial(one_hot, rows, int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
-        sizes = space.nvec.ravel()
-        offsets = np.cumsum(sizes) - sizes - space.start.ravel()
-        return functools.partial(many_one_hots, offsets, int(sizes.sum()))
-    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
-        return plain_numbers
+        sizes, starts = space.nvec.ravel().tolist(), space.start.ravel().tolist()
+        places = itertools.count()
+        tables = [{start + i: next(places) for i in range(size)}
+                  for size, start in zip(sizes, starts)]
+        return functools.partial(many_one_hots, tables, sum(sizes))
+    if isinstance(space, spaces.MultiBinary):
+        return functools.partial(bits, space.shape)
+    if isinstance(space, spaces.Box):
+        return functools.partial(plain_numbers, space.shape)
     raise ValueError(f"observations of type {type(space).__name__} are not supported; supported: "
                      "Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple of these")
 
 
 def one_hot(rows, start, value):
-    return rows[value - start].copy()  # a copy, so that nobody can spoil the table
+    """Row value - start of the table, a copy, so that nobody can spoil it."""
+    if value < start:  # a list would take -1 for its last row
+        raise IndexError
+    return rows[value - start].copy()
 
 
-def many_one_hots(offsets, size, value):
+def many_one_hots(tables, size, value):
+    """One 1 for each of several numbers; tables: {number: its place in the vector}."""
     out = np.zeros(size, dtype=np.float32)
-    out[np.ravel(value) + offsets] = 1.0
+    for table, number in zip(tables, np.ravel(value).tolist(), strict=True):
+        out[table[number]] = 1.0
     return out
 
 
-def plain_numbers(value):
+def bits(shape, value):
+    """0s and 1s as a float32 vector."""
+    numbers = plain_numbers(shape, value)
+    if not np.isin(numbers, (0, 1)).all():
+        raise ValueError
+    return numbers
+
+
+def plain_numbers(shape, value):
+    """Numbers of this shape as a float32 vector. A little outside of a Box's bounds, as some of
+    popgym and gymnasium are, is not too far; see LARGEST."""
+    value = np.asarray(value)
+    if value.shape != shape or not np.abs(value).max(initial=0) <= LARGEST:  # NaN is not <=
+        raise ValueError
     return np.array(value, dtype=np.float32).ravel()
 
 
+def picture(shape, value):
+    """A copy of uint8 (H, W, C)."""
+    value = np.array(value)
+    if value.shape != shape or value.dtype != np.uint8:
+        raise ValueError
+    return value
+
+
 def encode_parts(parts, value):
+    """Several parts, (path of keys, encoder) each, side by side in one vector."""
     return np.concatenate([encode(functools.reduce(operator.getitem, path, value))
                            for path, encode in parts])
 
 
-def encode_with_image(image_path, parts, value):
-    image = np.array(functools.reduce(operator.getitem, image_path, value))
+def encode_with_image(image_path, encode_image, parts, value):
+    """A picture beside such a vector."""
+    image = encode_image(functools.reduce(operator.getitem, image_path, value))
     return {"image": image, **({"vector": encode_parts(parts, value)} if parts else {})}
+
+
+def complaint(space, observation):
+    """Which part of a raw observation is not in its space, in words; None if all are."""
+    for path, part in leaves(space):
+        name = "observation" + "".join(f"[{key!r}]" for key in path)
+        try:
+            value = functools.reduce(operator.getitem, path, observation)
+        except (TypeError, LookupError):
+            return f"{name} is missing"
+        try:
+            part_encoder(part)(value)
+        except Exception:  # whatever numpy and Python raise for what users may return
+            shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
+            right = (f"{part.dtype} of shape {part.shape}, at most {LARGEST:g} in size"
+                     if isinstance(part, spaces.Box) else f"in {one_line(part)}")
+            return f"{name} is {one_line(repr(value))}{shape}, not {right}"
+    return None
 
 
 def action_decoder(space):
@@ -301,22 +361,37 @@ class Adapter(Seeded):
         self.action_space, self._decode = action_decoder(inner.action_space)
         self.metadata, self.render_mode = inner.metadata, inner.render_mode
         self._limit = float("inf") if limit is None else limit
-        self._steps_left = self._limit
+        self.time = 0
 
     def begin(self, seed, options):
-        self._steps_left = self._limit
+        self.time = 0
         observation, info = self.reset_inner(seed, options or None)
-        return self._encode(observation), public_info(info)
+        return self.encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
         return self.inner.reset(seed=seed, options=options)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.inner.step(self._decode(action))
-        self._steps_left -= 1
-        truncated = bool(truncated) or self._steps_left <= 0
-        return (self._encode(observation), float(reward), bool(terminated), truncated,
-                public_info(info))
+        self.time += 1
+        truncated = bool(truncated) or self.time >= self._limit
+        try:
+            reward = float(reward)
+        except (TypeError, ValueError):
+            raise self.broken(f"the reward is {one_line(repr(reward))}") from None
+        return self.encode(observation), reward, bool(terminated), truncated, public_info(info)
+
+    def encode(self, observation):
+        try:
+            return self._encode(observation)
+        except Exception:
+            wrong = complaint(self.inner.observation_space, observation)
+            if not wrong:
+                raise
+        raise self.broken(wrong)
+
+    def broken(self, what):
+        return BrokenEnvironment(f"{self.name}: at step {self.time}, {what}")
 
     def render(self):
         return self.inner.render()
@@ -659,7 +734,8 @@ class Instructed(World):
                                   if it is None; -> the goals
         move(action)              one step -> (goals reached by it (n, W), died)
         look()                    observation without the instruction, {"vector": ...}
-        parse_goal(text)          W numbers, ValueError with the nearest right words
+        parse_goal(text)          W numbers from small letters, ValueError with the nearest right
+                                  words
         format_goal(numbers)      text; the inverse
     """
 
@@ -726,7 +802,7 @@ class Instructed(World):
         """'place plant x2, travel to (10, 10)' -> (K, W)"""
         goals = []
         for part in re.split(r",(?![^(]*\))", text):  # commas outside of brackets
-            part = " ".join(part.split())
+            part = " ".join(part.lower().split())
             one, times, number = re.fullmatch(r"(.*?)( x([1-9][0-9]{0,2}))?", part).groups()
             goals += [self.parse_goal(one)] * (int(number) if times else 1)
         if not 1 <= len(goals) <= self.max_goals:
@@ -743,6 +819,14 @@ class Instructed(World):
             times = len(list(same))
             parts.append(self.format_goal(goal) + (f" x{times}" if times > 1 else ""))
         return ", ".join(parts)
+
+
+def no_hindsight(env):
+    """Why goals of this environment cannot be relabeled, in words."""
+    space = env.observation_space
+    if isinstance(space, spaces.Dict) and "instruction" in space.spaces:
+        return f"relabeling does not go through meta:, as in {env.name}"
+    return f"{env.name} has no instructions"
 
 
 def goal_list(instruction):
@@ -829,10 +913,36 @@ def grid_size(suite, text, smallest):
     return rows, columns
 
 
+def road_length(suite, text, low, high):
+    """'100' -> 100"""
+    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
+    length = clip(100 if number is None else number, low, high)
+    if length != number:
+        raise ValueError(f"unknown environment {suite + ':' + text!r}; the length is a whole number"
+                         f" from {low} to {high}; nearest: {suite}:{length}")
+    return length
+
+
+def clip(number, low, high):
+    """The nearest one from low to high."""
+    return min(max(number, low), high)
+
+
 def flag(name, key, value):
+    """An option that is true or false, or 1 or 0."""
     if value not in (0, 1):
-        raise ValueError(f"option {key!r} of {name!r} must be true or false, not {value!r}")
+        choices = [f"{key}=true", f"{key}=false"]
+        raise ValueError(f"option {key!r} of {name!r} must be true or false, not {value!r}; "
+                         + nearest(f"{key}={value}", choices))
     return bool(value)
+
+
+def goal_limit(name, goals):
+    """The option "goals": the largest number of goals of an instruction, 1 to 5."""
+    if positive_int(name, "goals", goals) > 5:
+        raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}; "
+                         "nearest: goals=5")
+    return int(goals)
 
 
 class DarkKey(World):
@@ -900,8 +1010,7 @@ class DarkKey(World):
 
     def neighbour(self, action):
         (row, column), (down, right) = self.position, STEPS[action]
-        return (min(max(row + down, 0), self.rows - 1),
-                min(max(column + right, 0), self.columns - 1))
+        return clip(row + down, 0, self.rows - 1), clip(column + right, 0, self.columns - 1)
 
     def observe(self):
         row, column = self.position
@@ -936,10 +1045,7 @@ class TMaze(World):
     keys = {"d": 0, "w": 1, "a": 2, "s": 3}
 
     def __init__(self, length, **options):
-        if not re.fullmatch("[0-9]{1,6}", length) or not 1 <= int(length) <= 100_000:
-            raise ValueError(f"unknown environment {'tmaze:' + length!r}; the length of the "
-                             "corridor is a whole number from 1 to 100000; nearest: tmaze:100")
-        self.length = int(length)
+        self.length = road_length("tmaze", length, 1, 100_000)
         self.name, self.horizon = f"tmaze:{self.length}", self.length + 1
         check_options(self.name, options, ())
         self.observation_space = spaces.Box(np.float32([0, -1]), np.float32([1, 1]))
@@ -956,9 +1062,9 @@ class TMaze(World):
     def act(self, action):
         along, across = ((1, 0), (0, 1), (-1, 0), (0, -1))[action]
         if along and self.y == 0:
-            self.x = min(max(self.x + along, 0), self.length)
+            self.x = clip(self.x + along, 0, self.length)
         elif across and self.x == self.length:
-            self.y = min(max(self.y + across, -1), 1)
+            self.y = clip(self.y + across, -1, 1)
         if self.time == self.horizon:
             return float(self.y == self.goal), True, {}
         return (0.0 if action == 0 else -1.0 / self.length), False, {}
@@ -1127,7 +1233,7 @@ class Maze(Instructed):
     Actions      west, north, east, south, stay; a step into a wall stays
     Ends         terminated with the last goal; truncated after 400 steps in 15x15, 1000 in 31x31,
                  other sizes on a straight line through these two
-    Instruction  "travel to (row, column)"; a goal inside a wall opens the wall
+    Instruction  "travel to (row, column)" or "go to"; a goal inside a wall opens the wall
     Options      goals=n: 1 to n of them, n = 1..5 (3); rewired=1: the four directions are permuted
                  anew in every rollout; position=0: the agent does not see where it is
     Returns      random see RANDOM, best 2 on average, (n + 1) / 2 with goals=n; successes in the
@@ -1143,9 +1249,7 @@ class Maze(Instructed):
         name = f"maze:{rows}x{columns}"
         check_options(name, options, [*self.DEFAULTS, "instruction"])
         options = {**self.DEFAULTS, **options}
-        goals = positive_int(name, "goals", options["goals"])
-        if goals > 5:
-            raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
+        goals = goal_limit(name, options["goals"])
         for key in ("position", "rewired"):
             options[key] = flag(name, key, options[key])
         self.position_seen, self.rewired = options["position"], options["rewired"]
@@ -1209,14 +1313,16 @@ class Maze(Instructed):
         return {"vector": self.views[self.position].copy()}
 
     def parse_goal(self, text):
-        match = re.fullmatch(r"travel to \( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text)
+        match = re.fullmatch(r"(?:travel|go) to \( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text)
         if not match:
             raise ValueError(f"unknown goal {shorten(text)}; nearest: travel to (1, 1), as row and "
                              "column")
         row, column = map(int, match.groups())
-        if not (1 <= row <= self.rows - 2 and 1 <= column <= self.columns - 2):
+        inside = clip(row, 1, self.rows - 2), clip(column, 1, self.columns - 2)
+        if (row, column) != inside:
             raise ValueError(f"({row}, {column}) is not inside {self.name}: rows are 1 to "
-                             f"{self.rows - 2}, columns 1 to {self.columns - 2}")
+                             f"{self.rows - 2}, columns 1 to {self.columns - 2}; nearest: "
+                             + self.format_goal(inside))
         return row, column
 
     def format_goal(self, goal):
@@ -1292,7 +1398,7 @@ class Delivery(Instructed):
     Actions      forward (not at a fork), left, right (only there), drop 1, 2, 3, 4, wait; what is
                  not possible does nothing
     Ends         terminated when all is delivered, truncated after 6 L steps
-    Instruction  "deliver to 7"; forks keep away from these cells
+    Instruction  "deliver to 7", or "go to", "travel to"; forks keep away from these cells
     Returns      random see RANDOM, best 3 on average, which trying and remembering always
                  reaches; successes in the paper 88 %, without imitation loss 94 %
     """
@@ -1302,11 +1408,7 @@ class Delivery(Instructed):
     keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
 
     def __init__(self, length, **options):
-        # 6 forks, 4 destinations and cell 0 need room
-        if not re.fullmatch("[0-9]{1,4}", length) or int(length) < 11:
-            raise ValueError(f"unknown environment {'delivery:' + length!r}; the length of the "
-                             "road is a whole number from 11 to 9999; nearest: delivery:30")
-        self.length = int(length)
+        self.length = road_length("delivery", length, 11, 9999)  # 6 forks, 4 places, cell 0
         self.horizon = 6 * self.length
         name = f"delivery:{self.length}"
         check_options(name, options, ["instruction"])
@@ -1350,13 +1452,14 @@ class Delivery(Instructed):
                                    np.float32)}
 
     def parse_goal(self, text):
-        match = re.fullmatch("deliver to ([0-9]{1,5})", text)
+        match = re.fullmatch("(?:deliver|travel|go) to ([0-9]{1,5})", text)
         if not match:
             raise ValueError(f"unknown goal {shorten(text)}; nearest: deliver to 7")
         cell = int(match[1])
         if not 1 <= cell < self.length:
             raise ValueError(f"there is no delivery to cell {cell} of {self.name}: cells are 1 to "
-                             f"{self.length - 1}")
+                             f"{self.length - 1}; nearest: deliver to "
+                             f"{clip(cell, 1, self.length - 1)}")
         return (cell,)
 
     def format_goal(self, goal):
@@ -1896,9 +1999,9 @@ class CrafterInstructions(Instructed):
     Ends         terminated by death and with the last goal, truncated after 2000 steps
     Instruction  "collect wood", "defeat zombie", "eat cow", "make stone pickaxe", "place plant",
                  "wake up" and so on, all 22 achievements of the game; "travel to (10, 50)" and
-                 "build at (30, 30)", the same as "place stone at (30, 30)", for all places with
-                 coordinates 0, 5 .. 60; x counts to the east and y to the south, the agent starts
-                 at (32, 32). Three words per goal, from 38.
+                 "build at (30, 30)", the same as "go to" and "place stone at", for all places
+                 with coordinates 0, 5 .. 60; x counts to the east and y to the south, the agent
+                 starts at (32, 32). Three words per goal, from 38.
     Options      goals=n: 1 to n of them, n = 1..5 (5); obs and horizon as in CrafterUndirected
     Returns      random .09 (1.7 % of all episodes succeed); best at most (n + 1) / 2 on average:
                  7 % of the islands have no diamond, and nights are dangerous
@@ -1927,9 +2030,7 @@ class CrafterInstructions(Instructed):
     def __init__(self, **options):
         name = "crafter:instructions"
         check_options(name, options, ["goals", "horizon", "instruction", "obs"])
-        goals = positive_int(name, "goals", options.get("goals", 5))
-        if goals > 5:
-            raise ValueError(f"option 'goals' of {name!r} must be 1 to 5, not {goals}")
+        goals = goal_limit(name, options.get("goals", 5))
         self.pixels, self.horizon, written = crafter_options(name, options)
         if goals == 5:
             written.pop("goals", None)
@@ -1982,18 +2083,17 @@ class CrafterInstructions(Instructed):
         return self.game.look(self.pixels)
 
     def parse_goal(self, text):
-        text = text.lower()
-        place = re.fullmatch(r"(travel to|build at|place stone at) "
+        place = re.fullmatch(r"(travel to|go to|build at|place stone at) "
                              r"\( ?(-?[0-9]{1,4}) ?, ?(-?[0-9]{1,4}) ?\)", text)
         if place:
-            verb, x, y = place[1].replace("place stone", "build"), int(place[2]), int(place[3])
+            verb = place[1].replace("place stone", "build").replace("go to", "travel to")
+            x, y = int(place[2]), int(place[3])
             text = f"{verb} ({x}, {y})"
-            if not (0 <= x < 64 and 0 <= y < 64):
-                raise ValueError(f"({x}, {y}) is outside of the map, whose coordinates are 0 to 63")
             if text not in CRAFTER_GOALS:
-                near = [min(5 * round(v / 5), 60) for v in (x, y)]
-                raise ValueError(f"places have coordinates 0, 5, 10 .. 60; nearest to ({x}, {y}): "
-                                 f"{verb} ({near[0]}, {near[1]})")
+                near = [clip(5 * round(v / 5), 0, 60) for v in (x, y)]
+                problem = ("places have coordinates 0, 5, 10 .. 60" if {x, y} <= {*range(64)} else
+                           f"({x}, {y}) is outside of the map, whose coordinates are 0 to 63")
+                raise ValueError(f"{problem}; nearest to ({x}, {y}): {verb} ({near[0]}, {near[1]})")
         if text not in CRAFTER_GOALS:
             known = [goal for goal in CRAFTER_GOALS if "(" not in goal or "(30, 30)" in goal]
             raise ValueError(f"unknown goal {shorten(text)}; {nearest(text[:60], known)}")
@@ -2092,7 +2192,7 @@ class Shard:
             self.time[i] += 1
             self.actions[i].append(action)
             self.check(i, observation)
-            if not np.isfinite(reward):
+            if not abs(reward) <= LARGEST:
                 raise self.broken(i, f"the reward is {reward}")
             ended = terminated or truncated
             if not ended and self.time[i] >= env.horizon:
@@ -2132,8 +2232,9 @@ class Shard:
             if getattr(x, "shape", None) != box.shape:
                 raise self.broken(i, f"observation {part!r} has shape {np.shape(x)}, not"
                                      f" {box.shape}")
-            if x.dtype.kind == "f" and not np.isfinite(x).all():
-                raise self.broken(i, f"observation {part!r} holds NaN or inf: {x}")
+            if x.dtype.kind == "f" and not np.abs(x).max(initial=0) <= LARGEST:  # NaN is not <=
+                raise self.broken(i, f"observation {part!r} holds NaN, inf or more than {LARGEST:g}"
+                                     f" in size: {one_line(x)}")
 
     def broken(self, i, what):
         return BrokenEnvironment(f"{self.name}: at step {self.time[i]} of environment"
@@ -2237,6 +2338,9 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
 
 
+MOST_ACTIONS = 10_000  # every critic has an output for each of them and each discount factor
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What an agent must know of its environment: plain numbers, stored with every checkpoint."""
@@ -2271,6 +2375,9 @@ class Spec:
             parts.update(actions=math.prod(nvec), nvec=nvec)
         else:
             parts.update(discrete=False, actions=action.shape[0])
+        if parts["actions"] > MOST_ACTIONS:
+            raise UsageError(f"{env.name} has {parts['actions']:,} actions, combinations counted; "
+                             f"an agent takes at most {MOST_ACTIONS:,}")
         return Spec(horizon=int(env.horizon), **parts)
 
     def token_arrays(self, *shape):
@@ -2463,16 +2570,17 @@ def summary(trajectories):
     """-> dict(return_mean, return_std, success, episodes, inner_returns, goals), see evaluate.
 
     inner_returns: the mean return of the first, second, ... inner episode.
-    goals: for the first, second, ... goal of an instruction (share of the episodes that ask for it
-    and do it, their mean number of steps until it is done); a step that does one is paid 1.
+    goals: for the first, second, ... goal of an instruction (share of the inner episodes that ask
+    for it and do it, their mean number of steps until it is done); a step that does one is paid 1.
     """
     returns = [float(trajectory.reward.sum()) for trajectory in trajectories]
-    inner = itertools.zip_longest(
-        *([part.sum() for part in np.split(x.reward, 1 + np.flatnonzero(x.reset[1:-1]))]
-          for x in trajectories), fillvalue=math.nan)
-    asked = [int(np.count_nonzero(x.obs["instruction"][0, :, 0])) if "instruction" in x.obs else 0
-             for x in trajectories]
-    done, goals = [np.flatnonzero(x.reward) + 1 for x in trajectories], []
+    starts = [[0, *1 + np.flatnonzero(x.reset[1:-1])] for x in trajectories]
+    rewards = [np.split(x.reward, begin[1:]) for x, begin in zip(trajectories, starts)]
+    inner = itertools.zip_longest(*([part.sum() for part in parts] for parts in rewards),
+                                  fillvalue=math.nan)
+    asked = [int(np.count_nonzero(x.obs["instruction"][t, :, 0])) if "instruction" in x.obs else 0
+             for x, begin in zip(trajectories, starts) for t in begin]
+    done, goals = [np.flatnonzero(part) + 1 for parts in rewards for part in parts], []
     for k in range(max(asked)):
         steps = [times[k] for times in done if len(times) > k]
         goals.append((len(steps) / sum(n > k for n in asked),

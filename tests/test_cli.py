@@ -302,8 +302,10 @@ class Broken(Probe):
 
 
 WRONG = [("vector", x, at) for at in (0, 3, 5) for x in (
-    np.array([0, math.nan, 0], np.float32), np.zeros(2, np.float32), np.zeros(1, np.float32),
-    np.zeros((), np.float32))] + [("reward", math.nan, 3), ("reward", math.inf, 3)]
+    np.array([0, math.nan, 0], np.float32), np.array([0, -1e38, 0], np.float32),
+    np.zeros(2, np.float32), np.zeros(1, np.float32),
+    np.zeros((), np.float32))] + [("reward", math.nan, 3), ("reward", math.inf, 3),
+                                    ("reward", -1e38, 3)]
 
 
 @pytest.mark.parametrize("n_envs", ["1", "3"])

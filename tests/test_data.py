@@ -471,6 +471,24 @@ def test_summary_tells_when_each_goal_was_done():
         "  goal 2: done in 0.500 of the episodes that ask for it, after 5.0 steps on average"]
 
 
+def test_goals_of_inner_episodes_are_counted_in_each():
+    """Two rollouts of two inner episodes, by hand: the first goal is done in 3 of 4, after 2, 3 and
+    1 steps; the second in 1 of the 3 that ask for it, after 3."""
+    def rollout(goals, resets, done):
+        words, reset = np.zeros((9, 3, 2), np.int32), np.zeros(9, bool)
+        for begin, end, count in zip([0, *resets], [*resets, 9], goals):
+            words[begin:end, :count, 0] = 1
+        reset[[0, *resets]] = True
+        return types.SimpleNamespace(reward=np.isin(np.arange(1, 9), done).astype(np.float32),
+                                     reset=reset, success=0.0, obs={"instruction": words})
+    score = environments.summary([rollout([2, 2], [4], [2, 3, 7]), rollout([1, 2], [5], [6])])
+    assert score["goals"] == [(3 / 4, 2.0), (1 / 3, 3.0)]
+    assert score["inner_returns"] == [1.0, 1.0]
+    env = environments.make_env("meta:maze:5x5?goals=2&episodes=3")
+    goals = am.evaluate(agent_of(env), env.name, 4)["goals"]
+    assert all(share <= 1 for share, _ in goals)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_restores_the_mode(monkeypatch, training):
     """Catches an evaluation that leaves power iteration switched off, or on."""

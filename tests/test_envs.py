@@ -161,15 +161,16 @@ def test_popgym_encoding_equals_gymnasium_flatten(name):
 
 def check_flatten(space, uniform, encode):
     space.seed(0)
-    with np.errstate(over="ignore"):
-        for _ in range(20):
-            raw = space.sample()
-            expected = spaces.utils.flatten(space, raw).astype(np.float32)
-            got = encode(raw)
-            assert got.dtype == np.float32 and got in uniform
-            same(got, expected)
-            got += 1  # the caller owns it: neither tables nor the raw observation may change
-            same(encode(raw), expected)
+    for _ in range(20):
+        raw = space.sample()
+        if isinstance(space, spaces.Box) and space.dtype == np.float64:
+            raw *= 1e-295  # larger ones are refused, see LARGEST
+        expected = spaces.utils.flatten(space, raw).astype(np.float32)
+        got = encode(raw)
+        assert got.dtype == np.float32 and got in uniform
+        same(got, expected)
+        got += 1  # the caller owns it: neither tables nor the raw observation may change
+        same(encode(raw), expected)
 
 
 def test_pictures():
@@ -234,6 +235,17 @@ def test_integer_actions_count_from_zero_and_arrive_plain():
     same(raw.action, [[1, 7]])
 
 
+@pytest.mark.parametrize("space, count", [
+    (spaces.MultiDiscrete([1000] * 6), "1,000,000,000,000,000,000"),
+    (spaces.MultiDiscrete([101, 100]), "10,100"), (spaces.Discrete(10_001), "10,001")], ids=str)
+def test_too_many_actions_are_refused(space, count):
+    """Catches a network with an output for each of 10^18 combinations."""
+    with pytest.raises(envs.UsageError, match=f"gym:Mine-v0 has {count} actions.*at most 10,000$"):
+        envs.Spec.of(envs.Adapter(Recorder(space), "gym:Mine-v0", 10))
+    for few in (spaces.MultiDiscrete([100, 100]), spaces.Discrete(10_000)):
+        assert envs.Spec.of(envs.Adapter(Recorder(few), "gym:Mine-v0", 10)).actions == 10_000
+
+
 @pytest.mark.parametrize("name", [n for n in POPGYM_NAMES if n.endswith("Easy")])
 def test_popgym_takes_every_kind_of_integer(name):
     env = make_env(name, seed=0)
@@ -244,6 +256,72 @@ def test_popgym_takes_every_kind_of_integer(name):
     for action in kinds:
         env.reset()
         env.step(action)
+
+
+# ---- environments that break their own promise ----
+
+PAIR = spaces.Dict({"a": spaces.Discrete(5), "b": spaces.Box(-1, 1, (2,))})
+IMAGE = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+BROKEN = [  # space, observation, what the message has to name besides environment and step
+    (spaces.Discrete(5), -1, "observation is -1, not in Discrete(5)"),
+    (spaces.Discrete(5), 7, "observation is 7, not in Discrete(5)"),
+    (spaces.Discrete(5), 1.5, "observation is 1.5, not"),
+    (spaces.Discrete(3, start=2), 1, "observation is 1, not in Discrete(3, start=2)"),
+    (spaces.Discrete(5), None, "observation is None"),
+    (spaces.MultiDiscrete([3, 2]), [0, -1], "observation is [0, -1], not in MultiDiscrete([3 2])"),
+    (spaces.MultiDiscrete([3, 2]), np.array([3, 0]), "array([3, 0]) of shape (2,), not in"),
+    (spaces.MultiDiscrete([3, 2]), [0, 1, 1], "[0, 1, 1]"),
+    (spaces.MultiBinary(2), np.array([0, 2]), "array([0, 2])"),
+    (spaces.Box(-1, 1, (2, 3)), np.zeros((3, 2)), "shape (3, 2), not float32 of shape (2, 3)"),
+    (spaces.Box(-1, 1, (1,)), 0.5, "is 0.5, not float32 of shape (1,)"),
+    (spaces.Box(-1, 1, (2,)), "text", "'text'"),
+    (spaces.Box(-np.inf, np.inf, (1,)), np.array([1e38]), "array([1.e+38])"),
+    (spaces.Box(-np.inf, np.inf, (1,)), np.array([-1e300]), "array([-1.e+300])"),
+    (spaces.Box(-np.inf, np.inf, (99,)), np.full(99, np.nan), "array([nan, nan"),
+    (PAIR, {"a": 1}, "observation['b'] is missing"), (PAIR, None, "observation['a'] is missing"),
+    (PAIR, {"a": 5, "b": np.zeros(2)}, "observation['a'] is 5"),
+    (PAIR, {"a": 1, "b": np.array([0, np.nan])}, "observation['b'] is array([ 0., nan])"),
+    (spaces.Tuple((PAIR, IMAGE)), ({"a": 1, "b": np.zeros(2)}, np.zeros((4, 4, 3))),
+     "observation[1] is"),
+    (IMAGE, np.zeros((4, 5, 3), np.uint8), "shape (4, 5, 3), not uint8 of shape (4, 4, 3)"),
+]
+
+
+@pytest.mark.parametrize("space, wrong, message", BROKEN, ids=[case[2] for case in BROKEN])
+def test_observations_outside_their_space_are_named(space, wrong, message, monkeypatch):
+    """Catches a wrong observation that is encoded as something else, or ends in a traceback."""
+    good = space.sample()
+    monkeypatch.setattr(Recorder, "observation_space", space)
+    monkeypatch.setattr(Recorder, "reset", lambda self, **how: (self.seen, {}))
+    monkeypatch.setattr(Recorder, "step", lambda self, action: (self.seen, 0, False, False, {}))
+    for begin in (good, wrong):
+        env = envs.Adapter(Recorder(), "gym:Mine-v0", 10)
+        env.inner.seen = begin
+        with pytest.raises(envs.BrokenEnvironment) as error, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            env.reset()
+            env.step(0)
+            env.inner.seen = wrong
+            env.step(0)
+        text = str(error.value)
+        assert text.startswith(f"gym:Mine-v0: at step {2 if begin is good else 0}, ")
+        assert message in text and len(text.splitlines()) == 1 and len(text) < 200
+
+
+@pytest.mark.parametrize("reward", [None, "much", [1, 2]])
+def test_rewards_that_are_no_numbers_are_named(reward, monkeypatch):
+    monkeypatch.setattr(Recorder, "step", lambda self, action: (1, reward, False, False, {}))
+    env = envs.Adapter(Recorder(), "gym:Mine-v0", 10)
+    env.reset()
+    with pytest.raises(envs.BrokenEnvironment, match="gym:Mine-v0: at step 1, the reward is ") as e:
+        env.step(0)
+    assert repr(reward) in str(e.value)
+
+
+def test_numbers_a_little_outside_are_accepted():
+    """popgym's and gymnasium's own environments leave their bounds by rounding, or by noise."""
+    encode = envs.observation_encoder(spaces.Box(-1, 1, (2,)))[1]
+    same(encode([1.5, -1e9]), np.float32([1.5, -1e9]))
 
 
 # ---- what the agent must not see, and how rollouts end ----

@@ -489,6 +489,10 @@ def test_relabeling_needs_instructions(capsys, tmp_path):
         error = capsys.readouterr().err
         assert f"--relabel {scheme}" in error and "RepeatPreviousEasy has no instructions" in error
         assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert am.main(f"--env meta:maze:5x5 --relabel some --out {tmp_path / 'run'}".split()) == 2
+    error = capsys.readouterr().err
+    assert "--relabel some: relabeling does not go through meta:" in error
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
     popgym = make_env("popgym:RepeatPreviousEasy")
     for scheme in ("auto", "none"):
         assert am.hindsight(am.Config(relabel=scheme), popgym, None) == (None, None)

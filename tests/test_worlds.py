@@ -510,11 +510,25 @@ def test_instructions_as_text(name, text, array):
     assert fixed.references["best"] == (parsed[:, 0] != 0).sum()
 
 
+@pytest.mark.parametrize("name, text, canonical", [
+    ("maze:7x7", "go to (3, 5), go to (1, 1)", "travel to (3, 5), travel to (1, 1)"),
+    ("maze:7x7", "Travel To (3,5), GO TO (1, 1) X2", "travel to (3, 5), travel to (1, 1) x2"),
+    ("delivery:30", "Go to 7, travel to 8, DELIVER TO 9 x2",
+     "deliver to 7, deliver to 8, deliver to 9 x2"),
+    ("crafter:instructions", "Go To (10, 50), EAT COW X2", "travel to (10, 50), eat cow x2")])
+def test_other_words_for_the_same(name, text, canonical):
+    env = make_env(name, instruction=text)
+    assert env.name == f"{name}?instruction={canonical}"
+    same(env.parse_instruction(text), env.parse_instruction(canonical))
+    assert env.format_instruction(env.parse_instruction(text)) == canonical
+
+
 @pytest.mark.parametrize("name, instruction, fragments", [
     ("maze:7x7", "travel too (1, 1)", ["'travel too (1, 1)'; nearest: travel to (1, 1)"]),
     ("maze:7x7", "", ["unknown goal ''"]), ("maze:7x7", ",", ["unknown goal ''"]),
     ("maze:7x7", "travel to (0, 1)", ["(0, 1) is not inside maze:7x7", "rows are 1 to 5"]),
-    ("maze:7x9", "travel to (6, 8)", ["rows are 1 to 5, columns 1 to 7"]),
+    ("maze:7x9", "travel to (70, 1)", ["columns 1 to 7; nearest: travel to (5, 1)"]),
+    ("maze:7x9", "go to (0, 8)", ["rows are 1 to 5, columns 1 to 7; nearest: travel to (1, 7)"]),
     ("maze:7x7", "travel to (1, 1) x0", ["unknown goal 'travel to (1, 1) x0'"]),
     ("maze:7x7", "travel to (1, 1) x4", ["maze:7x7 takes 1 to 3 goals, not 4"]),
     ("maze:7x7?goals=1", "travel to (1, 1), travel to (1, 2)", ["takes 1 to 1 goals, not 2"]),
@@ -522,7 +536,7 @@ def test_instructions_as_text(name, text, array):
     ("maze:7x7", [[1.0, 2.0]], ["whole numbers"]), ("maze:7x7", 5, ["not '5'"]),
     ("maze:7x7", [[1, 6]], ["(1, 6) is not inside"]), ("maze:7x7", [[0, 0]], ["unknown goal"]),
     ("maze:7x7", "travel to (1, 1)\n" * 99, ["..."]),
-    ("delivery:30", "deliver to 30", ["cell 30 of delivery:30: cells are 1 to 29"]),
+    ("delivery:30", "deliver to 30", ["cells are 1 to 29; nearest: deliver to 29"]),
     ("delivery:30", "deliver to 0", ["cell 0"]), ("delivery:30", [[-1]], ["unknown goal"]),
     ("delivery:30", "deliver 7", ["unknown goal 'deliver 7'; nearest: deliver to 7"]),
     ("delivery:30", "deliver to 1 x5", ["1 to 4 goals, not 5"])])
@@ -544,8 +558,9 @@ def test_goals_after_an_empty_row_are_not_dropped_silently():
 
 
 MAZE, ROAD = make_env("maze:15x15?goals=5"), make_env("delivery:30")
-PIECES = st.sampled_from(["travel to ", "deliver to ", "(", ")", ",", ", ", " ", "x", " x2", "0",
-                          "1", "7", "13", "-", "99999999999999999999", "\n", "\x85", "٣", "é"])
+PIECES = st.sampled_from(["travel to ", "deliver to ", "Go to ", "(", ")", ",", ", ", " ", "x",
+                          " x2", "0", "1", "7", "13", "-", "99999999999999999999", "\n", "\x85",
+                          "٣", "é"])
 
 
 @settings(max_examples=500, deadline=None, database=None, derandomize=True)
@@ -981,16 +996,17 @@ def test_card_and_speed(monkeypatch, capsys):
 @pytest.mark.parametrize("name, fragments", [
     ("maze:4x4", ["'maze:4x4'", "5 to 999", "nearest: maze:5x5"]),
     ("maze:9", ["nearest: maze:9x9"]), ("maze:", ["nearest: maze:9x9"]),
-    ("maze:7x7?goals=0", ["'goals'", "not 0"]), ("maze:7x7?goals=6", ["must be 1 to 5, not 6"]),
-    ("maze:7x7?rewired=2", ["'rewired'", "true or false, not 2"]),
+    ("maze:7x7?goals=0", ["'goals'", "not 0"]),
+    ("maze:7x7?goals=6", ["1 to 5, not 6; nearest: goals=5"]),
+    ("maze:7x7?rewired=2", ["'rewired'", "not 2; nearest: rewired=true"]),
     ("maze:7x7?position=no", ["'position'", "not 'no'"]),
     ("maze:7x7?rewire=1", ["'rewire'", "nearest: rewired"]),
-    ("delivery:10", ["11 to 9999", "nearest: delivery:30"]), ("delivery:x", ["delivery:30"]),
+    ("delivery:10", ["11 to 9999", "nearest: delivery:11"]), ("delivery:x", ["delivery:100"]),
     ("delivery:30?goals=2", ["'goals'", "nearest: instruction"]),
     ("darkkey:1x9", ["2 to 999", "nearest: darkkey:2x9"]), ("darkkey:", ["darkkey:9x9"]),
     ("darkkey:9x9?fixed_start=maybe", ["'fixed_start'", "not 'maybe'"]),
     ("darkkey:9x9?fixed=1", ["nearest: fixed_start"]),
-    ("tmaze:0", ["1 to 100000", "nearest: tmaze:100"]), ("tmaze:100001", ["1 to 100000"]),
+    ("tmaze:0", ["1 to 100000", "nearest: tmaze:1"]), ("tmaze:100001", ["nearest: tmaze:100000"]),
     ("tmaze:1e3", ["'tmaze:1e3'"]), ("wind:strong", ["'wind:strong'; nearest: wind:"]),
     ("wind:?a=1", ["it takes none"]), ("cheetah:dir", ["nearest: cheetah:vel"])])
 def test_mistakes_name_the_nearest_right_choice(name, fragments):
