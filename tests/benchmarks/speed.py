@@ -17,6 +17,15 @@ on an AMD EPYC, before -> after. RP = RepeatPreviousEasy, PE = PositionOnlyPendu
       nano RP 90 -> 93, small 250 -> 202, paper 613 -> 421            kept from width 128 on
     torch.compile of the whole loss, torch 2.13 on a CPU: NaN gradients                  not used
     baddbmm against bmm + bias: forward 6.2 / 7.0 ms, backward 15.4 / 13.3 ms     no difference
+On an Intel Xeon with AMX (403 GFLOP/s in fp32), RP, one thread, both in one process by turns:
+    attention in float32 (its bfloat16 backward is 5 times slower on a CPU):
+      small 118 -> 70, paper 210 -> 139, nano (no bfloat16) 43 -> 42                       kept
+    inference_mode for acting, env steps/s, 16 envs    12 000 -> 12 700                    kept
+    bfloat16 for nano: 43 -> 39; at context 256 216 -> 173; its learning not tried     not used
+    the norm inside the feed-forward in bfloat16: small, paper 139 -> 139              not used
+    rotary as roll + addcmul instead of chunk + cat: small 68 -> 67, paper 149 -> 144  not used
+    critics, first layer as one wide product / a loop over critics in bfloat16, forward and
+      backward 10.9 -> 16.0 / 12.4                                                     not used
 """
 
 import argparse
