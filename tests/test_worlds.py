@@ -970,12 +970,18 @@ def test_play(monkeypatch, capsys):
                         ("popgym:RepeatFirst", "0123"), ("gym:CartPole-v1", "01q")]:
         code, out, err = run(monkeypatch, capsys, [name, "--play"], typed)
         assert (code, err) == (0, "") and "step 2" in out
+    # the keys, and the instruction, of the environment inside
+    code, out, err = run(monkeypatch, capsys, ["meta:maze:7x7?goals=1", "--play"], "wwq")
+    assert (code, err) == (0, "") and "key 'w'" in out and "[ ] travel to (" in out
 
 
 @pytest.mark.parametrize("arguments, fragment", [
     (["maze:7x7", "--play", "--instruction", "fly to (1, 1)"], "nearest: travel to"),
     (["maze:7x7", "--instruction", "travel to (9, 9)"], "(9, 9) is not inside maze:7x7"),
     (["popgym:RepeatFirst", "--instruction", "travel to (9, 9)"], "'instruction'"),
+    (["maze:7x7", "--pley"], "unknown option --pley; nearest: --play"),
+    (["maze:7x7", "--seed", "x"], "--seed: invalid int value: 'x'"),
+    (["maze:7x7", "--seed", "-1", "--play"], "--seed -1"), (["maze:7x7", "word"], "word"),
     (["wind:", "--play"], "no keys"), (["--play"], "need the name"), (["maze:7"], "maze:9x9")])
 def test_mistakes_on_the_command_line(monkeypatch, capsys, arguments, fragment):
     code, out, err = run(monkeypatch, capsys, arguments)
@@ -983,13 +989,12 @@ def test_mistakes_on_the_command_line(monkeypatch, capsys, arguments, fragment):
 
 
 def test_card_and_speed(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, ["delivery:30", "--speed"])
+    code, out, _ = run(monkeypatch, capsys, ["delivery:30"])
     assert code == 0 and "vector 3 + instruction 4x2" in out
     assert "memory, adaptation, instructions" in out
     assert float(re.search(r"steps/s +([0-9,]+)", out)[1].replace(",", "")) > 1000
     listed = dict(envs.list_envs())
     assert {"darkkey:9x9", "tmaze:100", "wind:", "maze:15x15", "delivery:30"} <= set(listed)
-    assert set(envs.NEEDS) == set(envs.SUITES)
     assert all(make_env(name).name == name for name in listed if name[:6] in ("darkke", "maze:7"))
 
 
