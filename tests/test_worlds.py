@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import importlib
 import importlib.util
 import io
 import json
@@ -897,6 +898,41 @@ def test_cheetah_reward():
     reward = env.step(action)[1]
     speed = (env.inner.inner.unwrapped.data.qpos[0] - before) / env.inner.inner.unwrapped.dt
     assert reward == pytest.approx(-abs(speed - targets[-1]) - 0.05 * 6 * 0.25)
+
+
+@needs["mujoco"]
+def test_standing_still_is_better_than_random_and_worse_than_the_papers_agent():
+    still = lambda env: lambda *_: np.zeros(6, np.float32)  # noqa: E731
+    mean, error = mean_return("cheetah:vel", still, 20)
+    assert mean == pytest.approx(-931, abs=4 * error)
+    references = make_env("cheetah:vel").references
+    assert references["random"] < -931 < references["paper"]
+
+
+@needs["metaworld"]
+@pytest.mark.parametrize("name, policy, rollouts", [
+    ("reach", "SawyerReachV3Policy", 5), ("push", "SawyerPushV3Policy", 5),
+    ("pick-place", "SawyerPickPlaceV3Policy", 5)])
+def test_best_known_return_of_a_robot_arm(name, policy, rollouts):
+    """The package's own policy, whose eyes are opened: the goal is put where it was blanked."""
+    policies = importlib.import_module("metaworld.policies")
+
+    def with_the_goal(env):
+        script = getattr(policies, policy)()
+
+        def act(observation, reward, info):
+            seen = np.append(observation[:-3].astype(np.float64), env.inner.inner.arm._target_pos)
+            return np.clip(script.get_action(seen), -1, 1).astype(np.float32)
+        return act
+    env = make_env(f"metaworld:{name}?episodes=2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Constant")
+        mean, error = mean_return(env.name, with_the_goal, rollouts)
+    assert mean == pytest.approx(env.references["best"], abs=5 * error + 50) and mean > 6000
+    mean, error = mean_return(env.name, uniform, rollouts)
+    assert mean == pytest.approx(env.references["random"], abs=5 * error + 1)
+    tripled = make_env(f"metaworld:{name}?episodes=3").references
+    assert tripled["best"] == pytest.approx(1.5 * env.references["best"])
 
 
 # ---- pictures and the command line ----
