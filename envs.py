@@ -200,6 +200,7 @@ def leaves(space, path=()):
 
 
 def is_image(space):
+    """Whether it is uint8 (H, W, C)."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
@@ -315,14 +316,17 @@ def action_decoder(space):
 
 
 def decode_discrete(table, action):
+    """Number -> the raw env's number; KeyError if it is not an action."""
     return table[action.item() if isinstance(action, np.ndarray) else action]
 
 
 def decode_many(start, action):
+    """Numbers counted from 0 -> in the shape and from the start that the raw env has."""
     return np.asarray(action, dtype=np.int64).reshape(start.shape) + start
 
 
 def decode_box(low, high, dtype, action):
+    """From [-1, 1], cut off there, to [low, high]."""
     # the two-sided form hits both bounds exactly; low + part * (high - low) may miss one by an ulp
     part = np.minimum(np.maximum(np.asarray(action, dtype=np.float64), -1.0), 1.0) * 0.5 + 0.5
     return (low * (1.0 - part) + high * part).astype(dtype)
@@ -504,6 +508,7 @@ def need(module, requirement, name):
 
 
 def popgym_names():
+    """All that can be built here; mazes need mazelib."""
     if importlib.util.find_spec("popgym") is None:
         return []
     mazes = importlib.util.find_spec("mazelib") is not None
@@ -579,6 +584,7 @@ def gym_spec(name):
 
 
 def gym_names():
+    """All ids that are registered."""
     return ["gym:" + name for name in gymnasium.registry]
 
 
@@ -1215,6 +1221,7 @@ def metaworld_env(name, **options):
 
 
 def metaworld_names():
+    """All that can be built here: none without the package."""
     if importlib.util.find_spec("metaworld") is None:
         return []
     tasks = importlib.import_module("metaworld").ML1.ENV_NAMES
@@ -1223,6 +1230,7 @@ def metaworld_names():
 
 @functools.cache  # ML45 takes half a minute
 def metaworld_benchmark(name):
+    """The package's classes and tasks, ML45 or those of one class."""
     package = importlib.import_module("metaworld")
     # seed 0: everybody has the same 50 tasks
     return package.ML45(seed=0) if name == "ML45" else package.ML1(f"{name}-v3", seed=0)
@@ -1560,15 +1568,18 @@ def draw_cells(wall):
 
 
 def centre(cell, size):
+    """Of a cell, in pixels (y, x)."""
     return (cell[0] + 0.5) * size, (cell[1] + 0.5) * size
 
 
 def fill_square(picture, y, x, half, colour):
+    """In place; half: of a side."""
     top, left = round(max(y - half, 0)), round(max(x - half, 0))
     picture[top:round(y + half), left:round(x + half)] = colour
 
 
 def fill_disc(picture, y, x, radius, colour):
+    """In place."""
     rows, columns = np.ogrid[:picture.shape[0], :picture.shape[1]]
     picture[(rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius ** 2] = colour
 
@@ -1965,6 +1976,7 @@ def crafter_items(unit, inventory):
 
 
 def crafter_env(name, **options):
+    """`crafter:instructions` or `crafter:undirected`."""
     kinds = {"instructions": CrafterInstructions, "undirected": CrafterUndirected}
     if name not in kinds:
         raise ValueError(f"unknown environment {'crafter:' + name!r}; "
@@ -2033,6 +2045,7 @@ def crafter_options(name, options):
 
 
 def crafter_spaces(pixels):
+    """Of the observation without the instruction, by name."""
     low, high = np.zeros((2, 21), np.float32)
     low[:2], high[:2] = -1, 1            # facing
     high[2:18] = 0.9                     # inventory
@@ -2895,6 +2908,7 @@ def play(env, seed=None):
 
 
 def show_to_person(env, observation, message):
+    """On the terminal: a picture if there is one, goals, and a line."""
     if sys.stdout.isatty():
         print("\x1b[2J\x1b[H", end="")  # clear the screen
     if env.render_mode == "rgb_array":
