@@ -19,6 +19,7 @@ What an agent may rely on, whatever the name:
     env.horizon     largest number of steps in one rollout
     env.references  {"random", "best", "paper"}: mean returns that are known, any of them may lack
     env.max_return  the return that a trained agent can reach (almost) surely, or None
+    env.needs       what it takes that plain RL lacks: "memory, adaptation, instructions" or some
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
 With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 + W)}: Instructed.
@@ -143,6 +144,7 @@ def one_line(x):
 
 
 def check_options(name, options, allowed):
+    """ValueError, with the nearest right ones, if there are other options than these."""
     for key in options:
         if key not in allowed:
             hint = nearest(key, allowed) if allowed else "it takes none"
@@ -150,6 +152,7 @@ def check_options(name, options, allowed):
 
 
 def positive_int(name, key, value):
+    """The value of an option that is a whole number >= 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"option {key!r} of {name!r} must be a whole number >= 1, not {value!r}")
     return int(value)
@@ -197,6 +200,7 @@ def leaves(space, path=()):
 
 
 def is_image(space):
+    """Whether it is uint8 (H, W, C)."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
@@ -312,14 +316,17 @@ def action_decoder(space):
 
 
 def decode_discrete(table, action):
+    """Number -> the raw env's number; KeyError if it is not an action."""
     return table[action.item() if isinstance(action, np.ndarray) else action]
 
 
 def decode_many(start, action):
+    """Numbers counted from 0 -> in the shape and from the start that the raw env has."""
     return np.asarray(action, dtype=np.int64).reshape(start.shape) + start
 
 
 def decode_box(low, high, dtype, action):
+    """From [-1, 1], cut off there, to [low, high]."""
     # the two-sided form hits both bounds exactly; low + part * (high - low) may miss one by an ulp
     part = np.minimum(np.maximum(np.asarray(action, dtype=np.float64), -1.0), 1.0) * 0.5 + 0.5
     return (low * (1.0 - part) + high * part).astype(dtype)
@@ -354,8 +361,9 @@ class Adapter(Seeded):
     `limit`: truncate after so many steps; None leaves the end of a rollout to the raw env.
     """
 
-    def __init__(self, inner, name, horizon, limit=None, references=None, max_return=None):
-        self.inner, self.name, self.horizon = inner, name, horizon
+    def __init__(self, inner, name, horizon, limit=None, references=None, max_return=None,
+                 needs=""):
+        self.inner, self.name, self.horizon, self.needs = inner, name, horizon, needs
         self.references, self.max_return = dict(references or {}), max_return
         self.observation_space, self._encode = observation_encoder(inner.observation_space)
         self.action_space, self._decode = action_decoder(inner.action_space)
@@ -365,7 +373,8 @@ class Adapter(Seeded):
 
     def begin(self, seed, options):
         self.time = 0
-        observation, info = self.reset_inner(seed, options or None)
+        with absent_packages_named(self.name):
+            observation, info = self.reset_inner(seed, options or None)
         return self.encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
@@ -394,7 +403,8 @@ class Adapter(Seeded):
         return BrokenEnvironment(f"{self.name}: at step {self.time}, {what}")
 
     def render(self):
-        return self.inner.render()
+        with absent_packages_named(self.name):
+            return self.inner.render()
 
     def close(self):
         self.inner.close()
@@ -458,6 +468,7 @@ SOLVABLE = ("Autoencode", "CountRecall", "RepeatFirst", "RepeatPrevious", "Posit
 
 
 def popgym_env(name, **options):
+    """`popgym:RepeatPreviousEasy`, see POPGYM; without a difficulty, Easy."""
     family, difficulty = split_difficulty(name)
     if family not in POPGYM:
         # with the family right, it is the difficulty that is wrong
@@ -480,7 +491,8 @@ def popgym_env(name, **options):
     known = {key: value for key, value in zip(("random", "best", "paper"), returns)
              if value is not None}
     return (Labyrinth if is_maze else Adapter)(
-        inner, name, horizon, references=known, max_return=1.0 if family in SOLVABLE else None)
+        inner, name, horizon, references=known, max_return=1.0 if family in SOLVABLE else None,
+        needs="memory")
 
 
 def split_difficulty(name):
@@ -490,11 +502,13 @@ def split_difficulty(name):
 
 
 def need(module, requirement, name):
+    """ModuleNotFoundError with the command that installs it, if the module is absent."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"{name!r} needs {module}: pip install {requirement}")
 
 
 def popgym_names():
+    """All that can be built here; mazes need mazelib."""
     if importlib.util.find_spec("popgym") is None:
         return []
     mazes = importlib.util.find_spec("mazelib") is not None
@@ -529,20 +543,32 @@ def gym_env(name, **options):
     full = full_name("gym:" + name, options)
     horizon = positive_int(full, "horizon", options.pop(
         "horizon", spec.max_episode_steps or DEFAULT_HORIZON))
-    try:
-        # no TimeLimit and no checker around it: the adapter counts the steps itself
-        inner = gymnasium.make(spec, max_episode_steps=-1, disable_env_checker=True, **options)
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise ModuleNotFoundError(f"gym:{name} needs a package: {pip_command(error)}") from error
-    except Exception as error:
-        if not options:
-            raise  # the environment's own bug, shown as it is
-        if "unexpected keyword" in str(error):
-            make = spec.entry_point
-            make = make if callable(make) else gymnasium.envs.registration.load_env_creator(make)
-            check_options(full, options, ["horizon", *inspect.signature(make).parameters])
-        raise ValueError(f"{full!r} cannot be built: {error!r}") from error
+    with absent_packages_named(f"gym:{name}"):
+        make = spec.entry_point
+        make = make if callable(make) else gymnasium.envs.registration.load_env_creator(make)
+        if "render_mode" in options:
+            check_render_mode(full, options["render_mode"], make)
+        try:
+            # no TimeLimit and no checker around it: the adapter counts the steps itself
+            inner = gymnasium.make(spec, max_episode_steps=-1, disable_env_checker=True, **options)
+        except PACKAGE_ABSENT:
+            raise
+        except Exception as error:
+            if not options:
+                raise  # the environment's own bug, shown as it is
+            if "unexpected keyword" in str(error):
+                check_options(full, options, ["horizon", *inspect.signature(make).parameters])
+            raise ValueError(f"{full!r} cannot be built: {error!r}") from error
     return Adapter(inner, full, horizon, limit=horizon)
+
+
+def check_render_mode(full, mode, make):
+    """gymnasium itself only warns of a mode that the environment does not have."""
+    metadata = getattr(make, "metadata", None)
+    modes = metadata.get("render_modes") if isinstance(metadata, dict) else None
+    if modes is not None and mode not in modes:
+        raise ValueError(f"option 'render_mode' of {full!r} must be one of {', '.join(modes)}; "
+                         + nearest(str(mode), modes))
 
 
 def gym_spec(name):
@@ -558,7 +584,21 @@ def gym_spec(name):
 
 
 def gym_names():
+    """All ids that are registered."""
     return ["gym:" + name for name in gymnasium.registry]
+
+
+PACKAGE_ABSENT = (ImportError, gymnasium.error.DependencyNotInstalled)
+
+
+@contextlib.contextmanager
+def absent_packages_named(name):
+    """gymnasium's environments notice that a package is absent when they are made, begun or drawn:
+    one line with the command that installs it."""
+    try:
+        yield
+    except PACKAGE_ABSENT as error:
+        raise ModuleNotFoundError(f"{name} needs a package: {pip_command(error)}") from error
 
 
 def pip_command(error):
@@ -587,6 +627,9 @@ def meta_env(name, **options):
     return Meta(inner, episodes, f"meta:{name}?{query}")
 
 
+NEEDS = ("memory", "adaptation", "instructions")  # what an agent may need that plain RL lacks
+
+
 class Meta(gymnasium.Env):
     """k episodes of one sampled task glued into one rollout (RL^2, after Duan et al. 2016).
 
@@ -604,6 +647,10 @@ class Meta(gymnasium.Env):
         self.horizon = episodes * inner.horizon
         self.observation_space, self.action_space = inner.observation_space, inner.action_space
         self.metadata, self.render_mode = inner.metadata, inner.render_mode
+        # memory comes first, instructions come last
+        also = [need for need in inner.needs.split(", ") if need not in ("", "adaptation")]
+        self.needs = ", ".join(sorted([*also, "adaptation"], key=NEEDS.index))
+        self.keys = getattr(inner, "keys", {})
         self.max_return = None if inner.max_return is None else episodes * inner.max_return
         # what is best in one episode says little about k of them, unless it is the maximum
         self.references = {} if self.max_return is None else {"best": self.max_return}
@@ -655,7 +702,7 @@ class World(Seeded):
     and, if a person can play it, render() -> uint8 (H, W, 3) and keys = {key: action}.
     """
 
-    references, max_return, keys = {}, None, {}
+    references, max_return, needs, keys = {}, None, "", {}
     time, over = 0, True
 
     def begin(self, seed, options):
@@ -967,7 +1014,7 @@ class DarkKey(World):
     # (rows, columns, fixed start): random, best known, paper (its highest, read off the figures)
     RETURNS = {(9, 9, False): (2.67, 86.3, 38.0), (8, 8, True): (3.24, 83.2, 50.2),
                (5, 5, False): (9.07, 178.0)}
-    keys = GRID_KEYS
+    needs, keys = "memory, adaptation", GRID_KEYS
 
     def __init__(self, size, **options):
         self.rows, self.columns = grid_size("darkkey", size, 2)
@@ -1042,7 +1089,7 @@ class TMaze(World):
     Returns      random -.75, best 1 (without memory .5); the paper solves H = 10 000
     """
 
-    keys = {"d": 0, "w": 1, "a": 2, "s": 3}
+    needs, keys = "memory", {"d": 0, "w": 1, "a": 2, "s": 3}
 
     def __init__(self, length, **options):
         self.length = road_length("tmaze", length, 1, 100_000)
@@ -1089,7 +1136,7 @@ class Wind(World):
                  that the first step shows); the paper reaches 61 to 62 with a fixed set of winds
     """
 
-    GOAL, RADIUS = (0.0, 1.0), 0.03
+    GOAL, RADIUS, needs = (0.0, 1.0), 0.03, "adaptation"
 
     def __init__(self, name, **options):
         if name:
@@ -1131,8 +1178,9 @@ class CheetahVelocity(gymnasium.Wrapper):
                  -|speed - target| - .05 |action|^2
     Observation  gymnasium's HalfCheetah-v5: 17 angles and speeds
     Actions      Box(-1, 1, (6,)), torques
-    Returns      in 3 x 200 steps: random -1019, paper -58, without memory -281, the latter two
-                 with an older simulator
+    Returns      in 3 x 200 steps: random -1019, standing still -931, paper -58, without memory
+                 -281, the latter two with an older simulator; 0 is out of reach, because speeding
+                 up costs; nobody has found out what is best
     """
 
     def __init__(self):
@@ -1166,10 +1214,14 @@ def metaworld_env(name, **options):
         raise ValueError(f"option 'split' of {full!r} is train or test, not {split!r}")
     written = {"episodes": episodes, **({"split": "test"} if split == "test" else {})}
     raw = MetaWorld(full.removeprefix("metaworld:"), split)
-    return Meta(Adapter(raw, full, 500, limit=500), episodes, full_name(full, written))
+    env = Meta(Adapter(raw, full, 500, limit=500), episodes, full_name(full, written))
+    known = zip(("random", "best"), MetaWorld.RETURNS.get(full, ()))
+    env.references = {key: episodes * value for key, value in known}
+    return env
 
 
 def metaworld_names():
+    """All that can be built here: none without the package."""
     if importlib.util.find_spec("metaworld") is None:
         return []
     tasks = importlib.import_module("metaworld").ML1.ENV_NAMES
@@ -1178,6 +1230,7 @@ def metaworld_names():
 
 @functools.cache  # ML45 takes half a minute
 def metaworld_benchmark(name):
+    """The package's classes and tasks, ML45 or those of one class."""
     package = importlib.import_module("metaworld")
     # seed 0: everybody has the same 50 tasks
     return package.ML45(seed=0) if name == "ML45" else package.ML1(f"{name}-v3", seed=0)
@@ -1191,7 +1244,13 @@ class MetaWorld(gymnasium.Env):
                  solved at some time in this episode.
     Observation  39 numbers: gripper and object, now and a step before; the goal is blanked
     Actions      Box(-1, 1, (4,)): gripper's motion and grip
+    Returns      per episode of 500 steps, at most 5000: see RETURNS for the tasks that were
+                 measured (60 rollouts of reach, 30 of the others); random, and best known: the
+                 package's scripted policies, which are shown the goal
     """
+
+    RETURNS = {"metaworld:reach": (696.0, 4835.0), "metaworld:push": (27.7, 4187.0),
+               "metaworld:pick-place": (6.86, 4368.0)}
 
     observation_space = spaces.Box(-np.inf, np.inf, (39,), np.float64)
     action_space = spaces.Box(-1, 1, (4,), np.float32)
@@ -1253,6 +1312,7 @@ class Maze(Instructed):
         for key in ("position", "rewired"):
             options[key] = flag(name, key, options[key])
         self.position_seen, self.rewired = options["position"], options["rewired"]
+        self.needs = f"memory, {'adaptation, ' if self.rewired else ''}instructions"
         written = {key: value for key, value in options.items()
                    if key == "instruction" or value != self.DEFAULTS[key]}
         self.rows, self.columns = rows, columns
@@ -1403,7 +1463,7 @@ class Delivery(Instructed):
                  reaches; successes in the paper 88 %, without imitation loss 94 %
     """
 
-    RANDOM = {30: 0.18}
+    RANDOM, needs = {30: 0.18}, "memory, adaptation, instructions"
     FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
     keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
 
@@ -1508,15 +1568,18 @@ def draw_cells(wall):
 
 
 def centre(cell, size):
+    """Of a cell, in pixels (y, x)."""
     return (cell[0] + 0.5) * size, (cell[1] + 0.5) * size
 
 
 def fill_square(picture, y, x, half, colour):
+    """In place; half: of a side."""
     top, left = round(max(y - half, 0)), round(max(x - half, 0))
     picture[top:round(y + half), left:round(x + half)] = colour
 
 
 def fill_disc(picture, y, x, radius, colour):
+    """In place."""
     rows, columns = np.ogrid[:picture.shape[0], :picture.shape[1]]
     picture[(rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius ** 2] = colour
 
@@ -1646,6 +1709,8 @@ class CrafterGame:
                     land[cell] = ids["tree"]
 
     def populate(self, land, distance, tunnel):
+        """The first cows, zombies and skeletons. distance: of each cell from the player; tunnel:
+        whether it was dug as one."""
         from crafter import objects
         world, player, ids = self.world, self.player, self.world._mat_ids
         grass, path = land == ids["grass"], land == ids["path"]
@@ -1755,6 +1820,7 @@ class CrafterGame:
         return shown.T.ravel()
 
     def look(self, pixels):
+        """The observation, as a picture or as tiles, without the instruction."""
         shown = {"image": self.picture(64)} if pixels else {"texture": self.tiles()}
         return {**shown, "vector": self.numbers()}
 
@@ -1910,6 +1976,7 @@ def crafter_items(unit, inventory):
 
 
 def crafter_env(name, **options):
+    """`crafter:instructions` or `crafter:undirected`."""
     kinds = {"instructions": CrafterInstructions, "undirected": CrafterUndirected}
     if name not in kinds:
         raise ValueError(f"unknown environment {'crafter:' + name!r}; "
@@ -1932,10 +1999,11 @@ class CrafterUndirected(World):
     Ends         terminated by death, truncated after 2000 steps as in the paper
     Options      obs=pixels: instead of the tiles an image, 64 x 64 x 3, the package's own, in which
                  nights are dark and noisy; horizon=n (crafter's own is 10000)
-    Returns      random 1.37, at most 22
+    Returns      random 1.37, best known 16.9 (a script that sees the whole island, and is killed
+                 after some hundred steps), at most 22 and a little
     """
 
-    RANDOM = 1.37
+    RANDOM, BEST, needs = 1.37, 16.9, "memory"
     metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
     action_space = spaces.Discrete(17)
     keys = {".": 0, "a": 1, "d": 2, "w": 3, "s": 4, " ": 5, "z": 6, "r": 7, "t": 8, "f": 9, "p": 10,
@@ -1947,7 +2015,7 @@ class CrafterUndirected(World):
         self.pixels, self.horizon, written = crafter_options(self.name, options)
         self.name = full_name(self.name, written)
         self.observation_space = spaces.Dict(crafter_spaces(self.pixels))
-        self.references = {"random": self.RANDOM, "best": 22.0} if self.horizon >= 2000 else {}
+        self.references = {"random": self.RANDOM, "best": self.BEST} if self.horizon >= 2000 else {}
         self.game = CrafterGame()
 
     def draw(self, rng):
@@ -1977,6 +2045,7 @@ def crafter_options(name, options):
 
 
 def crafter_spaces(pixels):
+    """Of the observation without the instruction, by name."""
     low, high = np.zeros((2, 21), np.float32)
     low[:2], high[:2] = -1, 1            # facing
     high[2:18] = 0.9                     # inventory
@@ -2013,7 +2082,7 @@ class CrafterInstructions(Instructed):
     hindsight learns them, because steps report them.
     """
 
-    RANDOM = 0.087
+    RANDOM, needs = 0.087, "memory, instructions"
     SHARES = {
         "collect sapling": .06, "collect wood": .06, "collect stone": .054, "collect drink": .051,
         "collect coal": .03, "collect iron": .03, "collect diamond": .015,
@@ -2314,7 +2383,7 @@ def serve(pipe, *arguments):
                 shard = shard or Shard(*arguments)
                 pipe.send(getattr(shard, command)(argument))
             except Exception as problem:
-                if shard and not isinstance(problem, BrokenEnvironment):
+                if shard and not isinstance(problem, (BrokenEnvironment, ModuleNotFoundError)):
                     problem = shard.broken(shard.now, f"{type(problem).__name__}: {problem}"
                                            " (--workers 0 shows where)")
                 pipe.send(problem)
@@ -2750,13 +2819,6 @@ SUITES = {"popgym": popgym_env, "gym": gym_env, "meta": meta_env, "darkkey": Dar
           "maze": Maze, "delivery": Delivery, "crafter": crafter_env}
 
 
-NEEDS = {  # what an agent needs there that plain RL lacks
-    "popgym": "memory", "gym": "", "meta": "adaptation", "darkkey": "memory, adaptation",
-    "tmaze": "memory", "wind": "adaptation", "cheetah": "adaptation", "metaworld": "adaptation",
-    "maze": "memory, instructions", "delivery": "memory, adaptation, instructions",
-    "crafter": "memory, instructions"}
-
-
 def list_envs():
     """Yield (name, explanation) for everything that can be built here and now."""
     for name in popgym_names():
@@ -2787,10 +2849,11 @@ def describe(name):
     return {"name": env.name, "observation": space_text(env.observation_space),
             "action": space_text(env.action_space), "horizon": str(env.horizon),
             **{key: known.get(key, "-") for key in ("random", "best", "paper")},
-            "needs": NEEDS[env.name.partition(":")[0]] or "-"}
+            "needs": env.needs or "-"}
 
 
 def space_text(space):
+    """'vector 4', 'one of 5', 'image 64x64x3 + vector 21'"""
     if isinstance(space, spaces.Dict):
         return " + ".join(f"{key} " + "x".join(map(str, part.shape))
                           if key in ("instruction", "texture") else space_text(part)
@@ -2801,8 +2864,8 @@ def space_text(space):
     return "one of " + "x".join(map(str, sizes))
 
 
-def steps_per_second(name, seconds=0.3):
-    """Of random actions in this process, resets included."""
+def steps_per_second(name, seconds=0.1):
+    """Of random actions in this process, resets included, as text."""
     env = make_env(name, seed=0)
     actions = itertools.cycle([env.action_space.sample() for _ in range(1000)])
     env.reset()
@@ -2813,7 +2876,7 @@ def steps_per_second(name, seconds=0.3):
             if terminated or truncated:
                 env.reset()
         steps += 100
-    return steps / (time.perf_counter() - start)
+    return f"{steps / (time.perf_counter() - start):,.0f}"
 
 
 def play(env, seed=None):
@@ -2845,6 +2908,7 @@ def play(env, seed=None):
 
 
 def show_to_person(env, observation, message):
+    """On the terminal: a picture if there is one, goals, and a line."""
     if sys.stdout.isatty():
         print("\x1b[2J\x1b[H", end="")  # clear the screen
     if env.render_mode == "rgb_array":
@@ -2852,8 +2916,9 @@ def show_to_person(env, observation, message):
         print(half_blocks(env.render(), columns, 2 * (lines - 4)))
     else:
         print(observation)
-    if hasattr(env, "checklist"):
-        print(env.checklist())
+    world = env.inner if isinstance(env, Meta) else env
+    if hasattr(world, "checklist"):
+        print(world.checklist())
     print(message, flush=True)
 
 
@@ -2889,42 +2954,59 @@ def read_keys():
     return typed
 
 
+def print_card(name):
+    """All about one environment."""
+    row, about = describe(name), dict(list_envs()).get(name)
+    row["steps/s"] = steps_per_second(name)
+    for key, text in {**row, **({"about": about} if about else {})}.items():
+        print(f"{key:13}{text}")
+
+
+def print_table():
+    """All environments, each as soon as its speed is measured."""
+    rows = [describe(name) for name in dict(list_envs())]
+    rows.insert(0, {column: column for column in rows[0]})
+    widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
+    for row in rows:  # words to the left, numbers to the right
+        words = ("name", "observation", "action", "needs")
+        cells = [text.ljust(widths[column]) if column in words else text.rjust(widths[column])
+                 for column, text in row.items()]
+        slow = row["name"].startswith("metaworld:ML45")  # half a minute to build
+        speed = "steps/s" if row is rows[0] else "-" if slow else steps_per_second(row["name"])
+        print(*cells, speed.rjust(9), sep="  ", flush=True)
+    print("\nhorizon: longest rollout; random, best, paper: mean returns of uniform actions, of the"
+          " best policy known, of AMAGO in its paper;\nneeds: what it takes that plain RL lacks;"
+          " steps/s: of uniform actions here and now, resets included, measured for .1 s")
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="The table of all environments, or one's card.")
+    """-> exit code: 0 done, 2 bad arguments, 130 Ctrl-C."""
+    parser = Parser(prog="envs.py", allow_abbrev=False,
+                    description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
     parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
     parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
     parser.add_argument("--seed", type=int, help="of the episode to play")
-    parser.add_argument("--speed", action="store_true", help="add steps per second on this machine")
-    options = parser.parse_args(arguments)
-    given = {} if options.instruction is None else {"instruction": options.instruction}
     try:
+        options = parser.parse_args(arguments)
+        given = {} if options.instruction is None else {"instruction": options.instruction}
+        if (options.seed or 0) < 0:
+            raise ValueError(f"--seed {options.seed} is below 0; the nearest limit is 0")
         if not options.name and (options.play or given):
             raise ValueError("--play and --instruction need the name of an environment")
         if options.play:
             play(make_env(options.name, **given), options.seed)
-            return 0
-        rows = [describe(make_env(options.name, **given).name)] if options.name else [
-            describe(name) for name in dict(list_envs())]
+        elif options.name:
+            print_card(make_env(options.name, **given).name)
+        else:
+            print_table()
     except (ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    if options.speed:
-        for row in rows:
-            row["steps/s"] = f"{steps_per_second(row['name']):,.0f}"
-    if options.name:
-        about = dict(list_envs()).get(rows[0]["name"])
-        for key, text in {**rows[0], **({"about": about} if about else {})}.items():
-            print(f"{key:13}{text}")
-        return 0
-    rows.insert(0, {column: column for column in rows[0]})
-    widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
-    for row in rows:  # words to the left, numbers to the right
-        words = ("name", "observation", "action", "needs")
-        print(*(text.ljust(widths[column]) if column in words else text.rjust(widths[column])
-                for column, text in row.items()), sep="  ")
+    except BrokenPipeError:  # python envs.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

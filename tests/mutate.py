@@ -408,7 +408,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
     ("goals of all inner episodes in one", "envs.py",
      "for parts in rewards for part in parts], []",
      "for part in [np.concatenate(parts) for parts in rewards]], []",
-     DATA + "goals_of_inner_episodes"),
+     DATA + "goals_of_inner_episodes_are_counted_in_each"),
     ("any shape is flattened", "envs.py",
      "if value.shape != shape or not np.abs(value).max(initial=0) <= LARGEST:",
      "if not np.abs(value).max(initial=0) <= LARGEST:",

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 
 import gymnasium
@@ -581,6 +583,8 @@ def test_meta_references_and_names():
     ("gym:CartPole-v1?horizon=0", ["'horizon'", "whole number >= 1, not 0"]),
     ("gym:CartPole-v1?horizon=true", ["whole number >= 1, not True"]),
     ("gym:FrozenLake-v1?map_name=9x9", ["cannot be built", "9x9"]),
+    ("gym:CartPole-v1?render_mode=rgb", ["must be one of human, rgb_array; nearest: rgb_array"]),
+    ("meta:gym:CartPole-v1?render_mode=7", ["'render_mode'", "one of human, rgb_array"]),
     ("popgym:RepeatFirst?k=3", ["unknown option 'k'", "takes none"]),
     ("popgym:RepeatFirst?seed=3", ["bad option 'seed=3'"]),
     ("gym:CartPole-v1?horizon=3&horizon=4", ["bad option 'horizon=4'"]),
@@ -634,6 +638,27 @@ def test_absent_gym_packages_name_their_command(monkeypatch, error, command):
     assert str(raised.value).endswith(command) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("mode", ["human", "rgb_array"])
+@pytest.mark.parametrize("wrapped", ["", "meta:"])
+def test_pictures_without_pygame_name_their_command(wrapped, mode, monkeypatch, capsys):
+    """Catches a traceback at the first picture, which CartPole only tries to draw then."""
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    name = f"{wrapped}gym:CartPole-v1?render_mode={mode}"
+    env = make_env(name)
+    with pytest.raises(ModuleNotFoundError, match='pip install "gymnasium.classic-control."$'):
+        env.reset(seed=0)
+        env.render()
+    assert envs.main([name, "--play"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "pip install" in err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pygame") is not None, reason="pygame is installed")
+def test_an_absent_package_is_named_by_a_worker_too():
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
+        envs.ParallelEnvs("gym:CartPole-v1?render_mode=human", np.arange(1), 1).call("begin_all")
+
+
 WORDS = st.sampled_from(["popgym", "gym", "meta", ":", "?", "=", "&", "episodes", "horizon", "",
                          "CartPole-v1", "RepeatFirst", "Easy", "2", "-1", "true", "\n", "é"])
 
@@ -654,14 +679,38 @@ def test_any_string_builds_or_explains(name):
 
 def test_table_and_card(capsys):
     assert envs.main([]) == 0
-    table = capsys.readouterr().out.splitlines()
+    table, foot = capsys.readouterr().out.split("\n\n")
+    table = table.splitlines()
     assert len(table) == 1 + len(list(list_envs())) and len({len(line) for line in table}) == 1
-    row = next(line for line in table if line.startswith("popgym:RepeatPreviousEasy"))
-    assert row.split()[1:] == "vector 4 one of 4 51 -0.503 1.000 0.997 memory".split()
+    assert set(table[0].split()[3:]) <= {word.strip(",:;") for word in foot.split()}
+    row = next(line for line in table if line.startswith("popgym:RepeatPreviousEasy")).split()
+    assert row[1:-1] == "vector 4 one of 4 51 -0.503 1.000 0.997 memory".split()
+    assert int(row[-1].replace(",", "")) > 1000
     assert envs.main(["popgym:RepeatPrevious"]) == 0
     assert "popgym:RepeatPreviousEasy" in capsys.readouterr().out
     assert envs.main(["popgym:RepatPrevious"]) == 2
     assert "nearest: popgym:RepeatPrevious" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, needs", [
+    ("popgym:RepeatFirst", "memory"), ("gym:CartPole-v1", ""), ("meta:CartPole-v1", "adaptation"),
+    ("meta:popgym:RepeatFirst", "memory, adaptation"), ("wind:", "adaptation"),
+    ("maze:7x7", "memory, instructions"), ("meta:darkkey:5x5", "memory, adaptation"),
+    ("maze:7x7?rewired=1", "memory, adaptation, instructions"), ("tmaze:9", "memory"),
+    ("meta:maze:7x7", "memory, adaptation, instructions"), ("crafter:undirected", "memory"),
+    ("delivery:30", "memory, adaptation, instructions"),
+    ("crafter:instructions", "memory, instructions")])
+def test_what_an_environment_needs(name, needs):
+    shown = envs.describe(name)
+    assert make_env(name).needs == needs and shown["needs"] == (needs or "-")
+    assert ("instruction" in shown["observation"]) == ("instructions" in needs)
+
+
+def test_a_table_cut_short(tmp_path):
+    """Catches a traceback from `python envs.py | head`."""
+    command = f"{sys.executable} {envs.__file__} 2> {tmp_path / 'error'} | head -1"
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True).stdout
+    assert shown.startswith("name") and (tmp_path / "error").read_text() == ""
 
 
 @pytest.mark.parametrize("name", ["popgym:RepeatPreviousEasy", "popgym:PositionOnlyCartPoleEasy",
