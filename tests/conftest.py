@@ -1,5 +1,5 @@
-"""Tests import the top-level files; one torch thread, because spinning threads slow each other;
-a warning raised from one of our own files is an error, and so is one that nobody could raise."""
+"""Tests import the top-level files; one torch thread, because spinning threads slow each other; and
+a warning that one of our own files raises is an error."""
 
 import pathlib
 import sys
@@ -19,7 +19,4 @@ OURS = [path.stem for folder in (".", "notebooks", "tests", "tests/benchmarks")
 
 
 def pytest_configure(config):
-    for line in (rf"error:::(notebooks\.)?({'|'.join(OURS)})$",
-                 "error::pytest.PytestUnraisableExceptionWarning",
-                 "error::pytest.PytestUnhandledThreadExceptionWarning"):
-        config.addinivalue_line("filterwarnings", line)
+    config.addinivalue_line("filterwarnings", rf"error:::(notebooks\.)?({'|'.join(OURS)})$")

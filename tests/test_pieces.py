@@ -1,6 +1,6 @@
 """README's pieces to copy: each runs when pasted under exactly the imports and pieces of its row.
 
-Names stand for what they stand for in amago_min.py: nn is torch.nn, F torch.nn.functional, np numpy.
+nn is torch.nn, F is torch.nn.functional, np is numpy.
 """
 
 import copy
