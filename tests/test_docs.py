@@ -170,12 +170,17 @@ COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()
                                       if README.exists() else [])
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+# Those in blocks that are no shell's have not been run, but can be.
+RECIPES = commands_in("\n".join(re.findall(r"^```\n(python amago_min.py .*?)^```", README.read_text(),
+                                           re.S | re.M))) if README.exists() else []
+
+
+@pytest.mark.parametrize("command", COMMANDS + RECIPES, ids=" ".join)
 def test_commands_can_be_typed(command):
     """Catches a command with an option or an environment that does not exist."""
     if "--help" not in command:
         values, _ = am.read_command_line(am.Config, "amago_min.py", command)
-        am.environments.make_env(values["env"])
+        am.environments.make_env(am.Config(**values).env)
 
 
 # What a command must do, without the time that it takes: options in place of its own.

@@ -62,7 +62,8 @@ def kv_cache(names):
         keys, values, valid = cache.append(0, *torch.ones(2, 2, 3, 4))
         cache.end_step(ended)
     assert keys.shape == (2, 3, 2, 4) and valid is None and cache.length.tolist() == [0, 2]
-    assert cache.append(0, *torch.ones(2, 2, 3, 4))[2].tolist() == [[True] + 2 * [False], 3 * [True]]
+    valid = cache.append(0, *torch.ones(2, 2, 3, 4))[2]
+    assert valid.tolist() == [[True, False, False], 3 * [True]]
 
 
 def causal_attention(names):

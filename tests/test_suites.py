@@ -5,6 +5,7 @@ with goals in words, maps of textures and pictures.
 """
 
 import csv
+import importlib.metadata
 import json
 
 import gymnasium
@@ -90,6 +91,9 @@ def test_a_run_from_the_command_line_to_an_evaluation(name, tmp_path, monkeypatc
     score = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert score["env"] == env.name
     assert "instruction" not in WORLDS[name] or score["success"] is not None
+    versions = json.loads((tmp_path / "run" / "config.json").read_text())["versions"]
+    assert {"python", "torch", "numpy", "gymnasium", "popgym", "crafter"} <= set(versions)
+    assert versions["crafter"] == importlib.metadata.version("crafter")
     capsys.readouterr()
     assert am.main(["--eval", "run", "--episodes", "2", "--threads", "1"]) == 0
     assert f"{name} after {score['env_steps']:,} env steps: return" in capsys.readouterr().out
