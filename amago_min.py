@@ -1189,7 +1189,8 @@ class Learner:
             config.amp == "on" or config.amp == "auto" and faster))
         self.forward = agent
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
-            self.forward = nn.parallel.DistributedDataParallel(agent, broadcast_buffers=False)
+            self.forward = nn.parallel.DistributedDataParallel(self.forward)
+            self.forward.broadcast_buffers = False           # the statistics agree by themselves
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
@@ -1224,8 +1225,7 @@ class Learner:
         """Move the average's weights (formula above); its statistics are the agent's own."""
         rate = max(0.01, 30 / (self.updates + 30))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.agent.parameters()), rate)
-        for x, y in zip(self.average.buffers(), self.agent.buffers()):
-            x.copy_(y)
+        torch._foreach_copy_(list(self.average.buffers()), list(self.agent.buffers()))
         self.average.keep()
 
     def state(self):

@@ -170,9 +170,10 @@ COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()
                                       if README.exists() else [])
 
 
-# Those in blocks that are no shell's have not been run, but can be.
-RECIPES = commands_in("\n".join(re.findall(r"^```\n(python amago_min.py .*?)^```", README.read_text(),
-                                           re.S | re.M))) if README.exists() else []
+# What stands in a block of its own that is not marked as bash has not been run, but can be typed.
+RECIPES = [command for block in re.findall(r"^```\n(python amago_min.py .*?)^```",
+                                           README.read_text() if README.exists() else "",
+                                           re.S | re.M) for command in commands_in(block)]
 
 
 @pytest.mark.parametrize("command", COMMANDS + RECIPES, ids=" ".join)
