@@ -344,7 +344,7 @@ class Transformer(nn.Module):
         """x (B, T, D), time (B, T) int: the step of the episode -> (B, T, D)"""
         B, T, D = x.shape
         assert D == self.width and time.shape == (B, T), (x.shape, time.shape)
-        rotation = None
+        rotation = window = None
         if self.positions == "learnable":
             x = x + self.table[time]
         if self.positions in ("sinusoidal", "both"):
@@ -353,7 +353,6 @@ class Transformer(nn.Module):
         if self.positions in ("rotary", "both"):
             angle = (time.unsqueeze(-1) * self.relative).unsqueeze(1)    # (B, 1, T, d / 2)
             rotation = angle.cos(), angle.sin()
-        window = None
         if 0 < self.memory < T:
             window = x.new_ones(T, T, dtype=torch.bool).tril().triu(1 - self.memory)
         for layer, block in enumerate(self.blocks):
@@ -383,9 +382,8 @@ class RunningNorm(nn.Module):
         super().__init__()
         self.beta = beta
         # float64: the difference of two squares would lose a small std beside a large mean.
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("square", torch.ones(dim, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        for name, value in dict(mean=torch.zeros(dim), square=torch.ones(dim), count=0).items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, x, mask):
@@ -438,10 +436,9 @@ class TimestepEncoder(nn.Module):
     def forward(self, tokens, mask=None):
         """tokens: dict of obs (dict), action, reward, reset, time, each (B, T, ...), see
         `Trajectory`; mask (B, T): update the statistics with these tokens (training only)."""
-        spec, time, action = self.spec, tokens["time"], tokens["action"]
+        spec, time = self.spec, tokens["time"]
         started = (time > 0).unsqueeze(-1)                               # (B, T, 1)
-        if spec.discrete:
-            action = F.one_hot(action, spec.actions)
+        action = F.one_hot(tokens["action"], spec.actions) if spec.discrete else tokens["action"]
         flat = torch.cat([tokens["reset"].unsqueeze(-1).float(), tokens["reward"].unsqueeze(-1),
                           time.unsqueeze(-1) / spec.horizon, action * started]
                          + ([tokens["obs"]["vector"]] if spec.vector else []), dim=-1)
@@ -526,8 +523,7 @@ class Critics(nn.Module):
     def forward(self, s, action=None, members=slice(None)):
         """members: indices of critics, to evaluate only those; C is then their number."""
         G, batch = self.num_gammas, s.shape[:-1]
-        weights = [w[members] for w in self.weights]
-        biases = [b[members] for b in self.biases]
+        weights, biases = ([x[members] for x in part] for part in (self.weights, self.biases))
         C, D = len(weights[0]), s.shape[-1]
         x = s.reshape(1, -1, D).expand(C, -1, -1)                        # (C, N, D), nothing copied
         h = torch.baddbmm(biases[0], x, weights[0][:, :D])               # the state's share
@@ -649,8 +645,7 @@ def actor_loss(value, log_prob, advantage, mask):
     value (B, T, C, G), log_prob (B, T, G), advantage (B, T, G), mask (B, T) -> two scalars
     """
     online = -masked_mean(value.amin(2), mask)
-    better = advantage > 0
-    offline = -masked_mean(torch.where(better, log_prob, 0.0), mask)
+    offline = -masked_mean(torch.where(advantage > 0, log_prob, 0.0), mask)
     return online, offline
 
 
@@ -679,8 +674,7 @@ class Agent(nn.Module):
     def __init__(self, spec, config):
         super().__init__()
         dims, critics, G = SIZES[config.size], config.critics, len(config.gammas)
-        width, hidden = dims["width"], dims["hidden"]
-        self.spec = spec
+        self.spec, width, hidden = spec, dims["width"], dims["hidden"]
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
         self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
@@ -736,7 +730,6 @@ class Agent(nn.Module):
         tokens, token_mask = clean_padding(batch["tokens"], mask)        # (B, T+1, ...)
         action = tokens["action"][:, 1:]                                 # (B, T) or (B, T, A)
         (B, T), G, C = mask.shape, len(self.gammas), self.critics.num_critics
-
         s = self.trunk(tokens, token_mask).float()
         assert s.shape == (B, T + 1, self.transformer.width), s.shape
         now = s[:, :-1].contiguous()
@@ -757,7 +750,6 @@ class Agent(nn.Module):
             frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
             v = torch.func.functional_call(self.critics, frozen, (now.detach(), pi.rsample()))
         assert q.shape == v.shape == (B, T, C, G), (q.shape, v.shape)
-
         advantage, log_prob = (q.mean(2) - v.mean(2)).detach(), self.actor.log_prob(pi, action)
         assert advantage.shape == log_prob.shape == (B, T, G), log_prob.shape
         td = critic_loss(self.popart(q), self.popart.normalize(target), mask)
@@ -839,6 +831,7 @@ class Trajectory:
 
     @staticmethod
     def of_tokens(tokens, **more):
+        """The inverse of `tokens`; more: the fields that are not arrays."""
         led_to = {name: x[1:] for name, x in tokens.items() if name not in ("obs", "reset")}
         return Trajectory(tokens["obs"], reset=tokens["reset"], **led_to, **more)
 
@@ -921,11 +914,9 @@ class ReplayBuffer:
         def tensor(x):
             x = torch.from_numpy(x)
             return x if str(device) == "cpu" else x.pin_memory().to(device, non_blocking=True)
-        done = tensor(out.pop("done")[:, 1:])
         out.pop("achieved", None)
-        time = offset[:, None] + np.minimum(steps, length[:, None])      # (B, T+1)
-        return dict(tokens=dict(each(tensor, out), time=tensor(time)), done=done,
-                    mask=tensor(mask))
+        out["time"] = offset[:, None] + np.minimum(steps, length[:, None])       # (B, T+1)
+        return each(tensor, dict(tokens=out, done=out.pop("done")[:, 1:], mask=mask))
 
     def state(self):
         """For a checkpoint: the trajectories from the oldest on, and the tokens that are in use."""
@@ -937,6 +928,7 @@ class ReplayBuffer:
                     rarity=json.dumps(self.rarity and self.rarity.state()))
 
     def restore(self, state):
+        """Into an empty buffer of the same capacity: what `state` gave, as tensors."""
         self.first, self.count = 0, len(state["starts"])
         self.write, self.replayed = state["write"], state["replayed"]
         self.starts[:self.count], self.lengths[:self.count] = state["starts"], state["lengths"]
@@ -1045,7 +1037,10 @@ class Exploration:
 class Collector:
     """N environments side by side, one batched token per step. `act` starts a step in all of them,
     `receive` ends it and returns the rollouts that ended; between the two, worker processes step
-    while the caller learns. Rollouts in the making lie in token_arrays of (N, horizon + 1, ...)."""
+    while the caller learns. Rollouts in the making lie in token_arrays of (N, horizon + 1, ...).
+
+    env: a name, made N times with seeds seed, seed + 1, ...; context: tokens that the cache
+    holds; exploration: an Exploration, None = no noise; workers: see ParallelEnvs."""
 
     def __init__(self, env, n_envs, agent, context, seed, exploration=None,
                  bootstrap_truncated=False, workers=0):
@@ -1130,6 +1125,7 @@ class Collector:
                     envs=json.dumps(self.envs.call("state")), episode=json.dumps(self.episode))
 
     def restore(self, state):
+        """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
         self.env_steps = state["env_steps"]
         if "envs" in state:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
@@ -1211,8 +1207,7 @@ class Learner:
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         if not torch.isfinite(loss + norm):              # the only wait for a GPU in an update
-            for x, old in zip(self.agent.buffers(), before):
-                x.copy_(old)
+            torch._foreach_copy_(list(self.agent.buffers()), before)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
@@ -1225,18 +1220,20 @@ class Learner:
 
     @torch.no_grad()
     def update_average(self):
+        """Move the average's weights (formula above); its statistics are the agent's own."""
         rate = max(0.01, 30 / (self.updates + 30))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.agent.parameters()), rate)
-        for x, y in zip(self.average.buffers(), self.agent.buffers()):
-            x.copy_(y)
+        torch._foreach_copy_(list(self.average.buffers()), list(self.agent.buffers()))
         self.average.keep()
 
     def state(self):
+        """For a checkpoint: what learns, what acts, and how far they have come."""
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
                     optimizer=self.optimizer.state_dict(), updates=self.updates,
                     started=self.started)
 
     def restore(self, state):
+        """Into a Learner that was made for the same Spec and Config."""
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
@@ -1253,10 +1250,12 @@ def join_processes():
 
 
 def world_size():
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def process_rank():
+    """Which of them this one is; 0 writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -1376,10 +1375,8 @@ def save_run(folder, run, final=False, end=None):
 def restore_run(run, state):
     """The inverse of save_run: `state` comes from load_checkpoint, `run` is freshly made."""
     own = state["processes"][process_rank()]
-    for name in ("learner", "log"):
-        run[name].restore(state[name])
-    for name in ("buffer", "collector"):
-        run[name].restore(own[name])
+    for name, part in (("learner", state), ("log", state), ("buffer", own), ("collector", own)):
+        run[name].restore(part[name])
     run["rng"].bit_generator.state = json.loads(own["rng"])
     torch.set_rng_state(own["torch_rng"])
     if "cuda_rng" in own and torch.cuda.is_available():

@@ -2524,7 +2524,8 @@ class Log:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             versions = {name: importlib.metadata.version(name)
-                        for name in ("torch", "numpy", "gymnasium")}
+                        for name in ("torch", "numpy", "gymnasium", "popgym", "crafter", "mujoco",
+                                     "metaworld") if importlib.util.find_spec(name)}
             versions["python"] = sys.version.split()[0]
             git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, text=True,
                                  capture_output=True, cwd=Path(__file__).resolve().parent)

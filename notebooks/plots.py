@@ -372,8 +372,8 @@ def saved(figure, path):
 
 
 def small_png(figure, colours=48):
-    """The figure as a PNG of so many colours, a third as large as matplotlib's: for notebooks, whose
-    outputs are kept in git. display(IPython.display.Image(small_png(figure)))"""
+    """The figure as a PNG of so many colours, a third as large as matplotlib's: for notebooks,
+    whose outputs are kept in git. display(IPython.display.Image(small_png(figure)))"""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with Image.open(buffer) as picture:
@@ -630,8 +630,8 @@ def defaults(size="nano"):
 
 
 def comparable(options):
-    """Those that tell one experiment from another, at their defaults where options, a config.json's,
-    do not name them. relabel: some and auto mean the same."""
+    """Those that tell one experiment from another, at their defaults where options, those of a
+    config.json, do not name them. relabel: some and auto mean the same."""
     known = defaults(options.get("size", "nano"))
     known.update((name, value) for name, value in options.items() if name in known)
     return {**known, "relabel": "auto"} if known["relabel"] == "some" else known
@@ -815,7 +815,8 @@ def plot_goals(done, path=None, title="", **references):
     axes.set_xticks(x, done, rotation=40, ha="right", fontsize=8)
     axes.set(ylim=(0, 1.02), ylabel="share of episodes", title=title)
     axes.grid(axis="y", alpha=0.25)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  fontsize=8)
     return saved(figure, path)
 
 

@@ -1,9 +1,11 @@
-"""Tests import the top-level files; one torch thread, because spinning threads slow each other."""
+"""Tests import the top-level files; one torch thread, because spinning threads slow each other; and
+a warning that one of our own files raises is an error."""
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 try:
     import torch
@@ -11,3 +13,10 @@ except ModuleNotFoundError:  # the environments need no torch
     pass
 else:
     torch.set_num_threads(1)
+
+OURS = [path.stem for folder in (".", "notebooks", "tests", "tests/benchmarks")
+        for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", rf"error:::(notebooks\.)?({'|'.join(OURS)})$")

@@ -24,6 +24,8 @@ WORLDS = "tests/test_worlds.py::test_"
 CRAFTER = "tests/test_crafter.py::test_"
 DRAW = "tests/test_plots.py::test_"
 RESUME = "tests/test_resume.py::test_"
+DOCS, PIECES = "tests/test_docs.py::test_", "tests/test_pieces.py::test_"
+SUITES = "tests/test_suites.py::test_a_run_from_the_command_line_to_an_evaluation"
 THREE = RESUME + "three_and_three_evaluations_are_six"
 AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
@@ -38,7 +40,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "        if True:\n            with torch.no_grad():\n                u =",
      NETWORK + "one_power_iteration_per_training_forward_and_none_in_eval"),
     ("W_hat for acting is never renewed", AMAGO,
-     "            x.copy_(y)\n        self.average.keep()\n", "            x.copy_(y)\n",
+     "list(self.agent.buffers()))\n        self.average.keep()\n", "list(self.agent.buffers()))\n",
      LEARNING + "the_average_follows_and_acts_with_its_own_weights"),
     ("W_hat is kept while learning", AMAGO,
      "weight = self.scaled_weight() if self.kept is None else self.kept",
@@ -49,7 +51,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "list(self.average.parameters()), list(self.agent.parameters()), 0.0)",
      LEARNING + "the_average_follows_and_acts_with_its_own_weights"),
     ("the average keeps old statistics", AMAGO,
-     "zip(self.average.buffers(), self.agent.buffers())", "zip((), self.agent.buffers())",
+     "torch._foreach_copy_(list(self.average.buffers()), list(self.agent.buffers()))", "pass",
      LEARNING + "the_average_follows_and_acts_with_its_own_weights"),
     ("the learning agent acts", AMAGO,
      "collector = Collector(config.env, config.parallel_envs, learner.average,",
@@ -149,7 +151,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "(now.detach(), pi.rsample())", "(now.detach(), pi.sample())",
      LEARNING + "reward_depends_on_the_action"),
     ("cloning filter the wrong way round", AMAGO,
-     "better = advantage > 0", "better = advantage < 0",
+     "torch.where(advantage > 0, log_prob, 0.0)", "torch.where(advantage < 0, log_prob, 0.0)",
      LEARNING + "cloning_alone_imitates_the_better_half"),
     ("means count padding", AMAGO,
      "return torch.where(mask, x, 0.0).sum() / mask.sum()",
@@ -171,7 +173,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "np.concatenate([x, np.zeros_like(x[:1], shape=(1,) + x.shape[1:])])",
      DATA + "tokens_hold_the_previous_action_and_reward"),
     ("slices restart the clock", AMAGO,
-     "time=tensor(time)), done=done", "time=tensor(time - offset[:, None])), done=done",
+     'out["time"] = offset[:, None] + np.min', 'out["time"] = 0 * offset[:, None] + np.min',
      DATA + "slices_of_long_rollouts_keep_their_place"),
     ("slices always begin at the start", AMAGO,
      "offset = self.rng.integers(", "offset = 0 * self.rng.integers(",
@@ -420,7 +422,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "if not torch.isfinite(loss + norm):", "if False:",
      CLI + "a_loss_that_is_not_finite_stops_the_run"),
     ("a bad batch spoils saved statistics", AMAGO,
-     "x.copy_(old)", "pass", CLI + "an_explosion_leaves_the_last_good_state"),
+     "torch._foreach_copy_(list(self.agent.buffers()), before)", "pass",
+     CLI + "an_explosion_leaves_the_last_good_state"),
     ("NaN is a valid option", "envs.py",
      'rule["low"] <= x <= rule["high"] and math.isfinite(x)',
      'not (x < rule["low"] or x > rule["high"])',
@@ -562,6 +565,28 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      RESUME + "a_worker_that_was_killed_once"),
     ("environments that broke are saved half-way", AMAGO,
      "        if self.waiting:", "        if False:", RESUME + "a_worker_that_breaks"),
+    # what README says
+    ("warnings of our own pass", "tests/conftest.py", 'rf"error:::', 'rf"default:::',
+     DOCS + "a_warning_from_our_own_files_is_an_error"),
+    ("other packages' warnings fail", "tests/conftest.py", '"filterwarnings", rf"error:::',
+     '"filterwarnings", rf"error:::.*|', DOCS + "a_warning_from_other_files_is_not"),
+    ("reached without the paper's .02 of room", "notebooks/tables.py", "x >= paper - 0.02",
+     "x >= paper", DOCS + "tables_of_results_by_hand"),
+    ("arms are compared after different steps", "notebooks/tables.py",
+     "curve.columns[name][i] for curve, i in last", "curve.columns[name][-1] for curve, _ in last",
+     DOCS + "tables_of_results_by_hand"),
+    ("PopArt leans on the file", AMAGO,
+     "        if torch.distributed.is_initialized():  ", "        if world_size() > 1:  ",
+     PIECES + "a_row_names_all_that_is_needed_and_nothing_else"),
+    ("relabel leans on the file", AMAGO, "return dataclasses.replace(\n        trajectory, obs",
+     "assert Config\n    return dataclasses.replace(\n        trajectory, obs",
+     PIECES + "a_piece_runs_when_pasted_under_what_its_row_names"),
+    ("textures are not learned", AMAGO,
+     'parts.append(self.texture(tokens["obs"]["texture"].int()))',
+     'parts.append(self.texture(tokens["obs"]["texture"].int()).detach())', SUITES),
+    ("nothing is relabeled", AMAGO, "if self.relabel:", "if False:", SUITES),
+    ("config.json without popgym's version", "envs.py",
+     '"popgym", "crafter", "mujoco"', '"crafter", "mujoco"', SUITES),
 ]
 
 

@@ -92,6 +92,9 @@ def main():
         if options.write:
             nbformat.write(notebook, path)
         wrong = faults(path)
+        said = [o.text for cell in code_cells(notebook) for o in cell.outputs
+                if o.get("name") == "stderr"]
+        wrong += [f"on stderr: {text.strip()}" for text in said if "Warning" in text]
         if options.write and seconds > MOST_SECONDS:
             wrong.append(f"took {seconds:.0f} s, at most {MOST_SECONDS}")
         bad += bool(wrong)

@@ -1,16 +1,18 @@
 """README.md and amago_min.py say what is true: commands, tables, references, sizes.
 
-`python tests/test_docs.py` writes the tables of options and columns into README.md.
+`python tests/test_docs.py` writes the tables of options, columns and results into README.md.
 """
 
 import ast
 import dataclasses
 import io
+import json
 import pathlib
 import re
 import shlex
 import sys
 import tokenize
+import warnings
 
 import pytest
 
@@ -18,6 +20,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 
 import amago_min as am  # noqa: E402 (after the path)
+from notebooks import tables  # noqa: E402
 
 PROGRAM = (FOLDER / "amago_min.py").read_text()
 README = FOLDER / "README.md"
@@ -54,7 +57,8 @@ def columns_table():
     return "\n".join(rows + [f"| `{name}` | {about[-1]} |" for name, about in columns.items()])
 
 
-TABLES = {"options": options_table, "columns": columns_table}
+TABLES = {"options": options_table, "columns": columns_table, **tables.TABLES}
+HERE = [name for name in TABLES if README.exists() and f"<!-- {name} -->" in README.read_text()]
 
 
 def filled_in(text, name):
@@ -65,11 +69,66 @@ def filled_in(text, name):
 
 
 @needs_readme
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", HERE)
 def test_readme_has_the_table(name):
-    """Catches a default, an option or a column that changed after README was written."""
+    """Catches a default, an option, a column or a log that changed after README was written."""
     text = README.read_text()
     assert filled_in(text, name) == text, "run python tests/test_docs.py"
+
+
+@needs_readme
+def test_readme_has_the_tables_that_it_must_have():
+    """Catches a marker that was lost, and with it the test above."""
+    assert {"options", "columns", "popgym", "positions", "worlds"} <= set(HERE)
+
+
+def write_run(folder, rows, **options):
+    """A run's config.json and log.csv; rows of env_steps, updates, seconds, return, success."""
+    folder.mkdir(parents=True)
+    config = {**dataclasses.asdict(am.Config(**options)), "commit": "abc", "versions": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = "env_steps,updates,seconds,return_mean,success,return_std"
+    (folder / "log.csv").write_text("\n".join([names, *(row + ",0.1" for row in rows)]) + "\n")
+
+
+def test_tables_of_results_by_hand(tmp_path, monkeypatch, capsys):
+    """Catches a wrong row or column, a mean over other runs, and a run without a log that breaks
+    the table."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    name = "popgym:RepeatPrevious"                            # where the paper has .997
+    write_run(tmp_path / "popgym" / "a", ["0,0,0,-.5,", "1000,9,30,.98,", "2000,20,90,.9,"],
+              env=name, seed=3)
+    write_run(tmp_path / "popgym" / "b", ["0,0,0,-.5,"], env=name, seed=1, memory=1)
+    write_run(tmp_path / "popgym" / "none", [], env=name)
+    assert tables.popgym().splitlines()[2:] == [
+        "| RepeatPreviousEasy, no memory | 1 | -0.500 | 0.997 | - | - | - | 0 | 0 | 0.00 |",
+        "| RepeatPreviousEasy | 3 | 0.980 | 0.997 | 1,000 | 9 | 0.50 | 2,000 | 20 | 1.5 |"]
+    assert "log.csv is empty" in capsys.readouterr().err
+
+    for seed, score in ((1, ".991"), (0, "-.25")):
+        write_run(tmp_path / "positions" / str(seed), [f"5000,9,9,{score},"], seed=seed, env=name,
+                  positions="rotary")
+    assert tables.positions().splitlines()[2:] == [
+        "| `rotary` | 0: -.25 at 5,000<br>1: **.99** after 5,000 | not run | not run |"]
+
+    write_run(tmp_path / "worlds" / "t", ["0,0,0,-1,0", "9,8,66,.5,.75"], env="tmaze:100")
+    assert tables.worlds().splitlines()[2:] == [
+        "| tmaze:100 | 0 | .50 | .50 | .75 | 9 | 8 | 1.1 | -.75 | 1.00 |"]
+
+    maze = dict(env="maze:7x7?goals=1")
+    write_run(tmp_path / "ablations" / "a", ["0,0,0,.1,.1", "9,1,60,.2,.2", "99,9,99,1,1"], **maze)
+    write_run(tmp_path / "ablations" / "b", ["0,0,0,.1,.1", "8,1,120,.4,.6"], seed=1, **maze)
+    write_run(tmp_path / "ablations" / "c", ["7,1,60,.3,.3", "9,2,90,1,1"],
+              relabel="none", **maze)
+    assert tables.ablations().splitlines()[2:] == [           # at 8 steps, where run b ended
+        "| maze:7x7?goals=1 | nothing | 0 1 | 8 | .25 (.10 to .40) | .35 (.10 to .60) | 1.0 |",
+        "| maze:7x7?goals=1 | no relabeling | 0 | 8 | .30 | .30 | 1.0 |"]
+
+
+@needs_readme
+def test_readme_counts_no_tests():
+    """Catches a number of tests, which is stale as soon as one is added."""
+    assert re.findall(r"\d+ (?:passed|tests\b)", README.read_text()) == []
 
 
 def test_every_column_is_explained():
@@ -111,12 +170,63 @@ COMMANDS = commands_in(am.__doc__) + (commands_in(bash_blocks(README.read_text()
                                       if README.exists() else [])
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+# What stands in a block of its own that is not marked as bash has not been run, but can be typed.
+RECIPES = [command for block in re.findall(r"^```\n(python amago_min.py .*?)^```",
+                                           README.read_text() if README.exists() else "",
+                                           re.S | re.M) for command in commands_in(block)]
+
+
+@pytest.mark.parametrize("command", COMMANDS + RECIPES, ids=" ".join)
 def test_commands_can_be_typed(command):
     """Catches a command with an option or an environment that does not exist."""
     if "--help" not in command:
         values, _ = am.read_command_line(am.Config, "amago_min.py", command)
-        am.environments.make_env(values["env"])
+        am.environments.make_env(am.Config(**values).env)
+
+
+# What a command must do, without the time that it takes: options in place of its own.
+SMOKE = {"--env": "--env-steps 250 --parallel-envs 2 --batch 2 --replay-ratio 1"
+         " --target-return none",
+         "--resume": "--env-steps 500 --target-return none", "--eval": ""}
+
+
+def smoke(command):
+    """The command with a tiny budget; --resume may not change the rest of its run."""
+    words, small = iter(command), f"{SMOKE[command[0]]} --episodes 2 --threads 1".split()
+    kept, drop = [], {*small[::2], "--workers"}
+    for flag, value in zip(words, words):                     # every option here takes one value
+        assert flag.startswith("--") and not value.startswith("--"), command
+        kept += [flag, value] if flag not in drop else []
+    return kept + small
+
+
+def test_commands_run_as_they_stand_one_after_another(tmp_path, monkeypatch, capsys):
+    """Catches a command that stops, or that needs a file which no command before it has made."""
+    commands = [command for i, command in enumerate(COMMANDS)
+                if "--help" not in command and command not in COMMANDS[:i]]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").symlink_to(FOLDER / "notebooks")
+    shown = sorted({command[command.index("--render") + 1] for command in commands
+                    if "--render" in command})
+    for command in commands:
+        code = am.main(smoke(command))
+        assert code == 0, (command, capsys.readouterr().err)
+        assert "return" in capsys.readouterr().out
+    assert shown and all((tmp_path / path).stat().st_size > 1000 for path in shown)
+
+
+@needs_readme
+def test_the_environment_to_add_runs(tmp_path, monkeypatch):
+    """Catches an example that README tells to copy and that does not work, or is not that short."""
+    section = README.read_text().partition("### Add your own")[2].partition("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    command, = re.findall(r"`python (amago_min.py [^`]*)`", section)
+    (tmp_path / "echo_env.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert am.main(smoke(shlex.split(command)[1:])) == 0
+    assert (tmp_path / "runs" / "gym-echo-env-Echo-v0-0" / "eval.json").exists()
+    assert code.count("\n") <= 25
 
 
 def test_there_are_commands():
@@ -171,28 +281,57 @@ def test_references_and_citations_agree():
 # ---- sizes ----
 
 
-@pytest.mark.parametrize("path", sorted([FOLDER / "amago_min.py", FOLDER / "envs.py",
-                                         *(FOLDER / "tests").glob("*.py")]), ids=lambda p: p.name)
-def test_lines_are_at_most_100_columns(path):
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        assert len(line) <= 100, f"{path.name}:{number} has {len(line)} columns"
+OURS = sorted(path.relative_to(FOLDER).as_posix() for pattern in ("*.py", "notebooks/*.py",
+                                                                  "tests/**/*.py")
+              for path in FOLDER.glob(pattern))
+
+
+def test_all_files_are_looked_at():
+    """Catches tests below that look at nothing."""
+    assert {"amago_min.py", "envs.py", "notebooks/plots.py", "tests/test_docs.py",
+            "tests/benchmarks/speed.py"} < set(OURS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_lines_are_at_most_100_columns(name):
+    for number, line in enumerate((FOLDER / name).read_text().splitlines(), 1):
+        assert len(line) <= 100, f"{name}:{number} has {len(line)} columns"
 
 
 def test_the_file_is_at_most_1500_lines():
     assert PROGRAM.count("\n") <= 1500
 
 
-@pytest.mark.parametrize("name", ["amago_min.py", "envs.py", "notebooks/plots.py"])
+@pytest.mark.parametrize("name", OURS)
 def test_functions_are_at_most_45_lines(name):
     """train, the one place where everything comes together, may have 80."""
-    for node in ast.walk(ast.parse((README.parent / name).read_text())):
+    for node in ast.walk(ast.parse((FOLDER / name).read_text())):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= (80 if node.name == "train" else 45), f"{node.name} has {lines} lines"
 
 
+# ---- warnings ----
+
+
+@pytest.mark.parametrize("kind", [UserWarning, DeprecationWarning, ResourceWarning])
+@pytest.mark.parametrize("module", ["envs", "amago_min", "notebooks.plots", "probes", "test_docs"])
+def test_a_warning_from_our_own_files_is_an_error(module, kind):
+    """Catches a conftest.py that lets one pass."""
+    with pytest.raises(kind):
+        exec("import warnings; warnings.warn('a word', kind)", {"__name__": module, "kind": kind})
+
+
+def test_a_warning_from_other_files_is_not():
+    """Catches a suite that fails on what only other packages can mend."""
+    with warnings.catch_warnings(record=True) as seen:        # the filters stay as they are
+        for module in ("torch.nn", "envs2", "gymnasium.envs"):
+            exec("import warnings; warnings.warn('a word')", {"__name__": module})
+    assert len(seen) == 3
+
+
 if __name__ == "__main__":
     text = README.read_text()
-    for name in TABLES:
+    for name in HERE:
         text = filled_in(text, name)
     README.write_text(text)

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import amago_min
 from amago_min import (CausalAttention, KVCache, RunningNorm, SigmaLinear, Spec,
                        StableBlock, TimestepEncoder, Transformer, rotate)
 
@@ -549,46 +548,7 @@ def test_statistics_change_only_with_a_mask():
     assert encoder.norm.count == 1
 
 
-# ----------------------------------------------------------------------------- pieces to steal
-
-def pasted(*pieces):
-    """The namespace after these pieces' source ran on its own, under five imports."""
-    source = ["import math", "import numpy as np", "import torch", "import torch.nn as nn",
-              "import torch.nn.functional as F"]
-    source += [inspect.getsource(getattr(amago_min, piece)) for piece in pieces]
-    namespace = {}
-    exec("\n\n".join(source), namespace)
-    return namespace
-
-
-PIECES = {
-    "SigmaLinear": lambda piece: piece(4, 3)(torch.ones(2, 4)),
-    "KVCache": lambda piece: piece(1, 2, 3, 9, 4).append(0, *torch.ones(2, 2, 3, 4)),
-    "PopArt": lambda piece: [getattr(piece(2), name)(torch.ones(3, 2), *mask) for name, *mask in (
-        ("update", torch.ones(3) > 0), ("forward",), ("normalize",), ("denormalize",))],
-    "Critics": lambda piece: piece(4, 3, 2, 2, 8, False)(torch.ones(5, 4), torch.ones(5, 3)),
-    "td_targets": lambda piece: piece(torch.ones(1, 2), torch.tensor([[False, True]]),
-                                      torch.ones(1, 2, 3), torch.tensor([.5, .9, .99])),
-}
-
-
-@pytest.mark.parametrize("name", PIECES)
-def test_piece_runs_when_pasted_alone(name):
-    """Catches a dependency that creeps into a piece which the docstring offers for copying."""
-    PIECES[name](pasted(name)[name])
-
-
-def test_attention_and_cache_run_when_pasted_alone():
-    """Catches a dependency that creeps into attention: it needs SigmaLinear and rotate only."""
-    names = pasted("SigmaLinear", "KVCache", "rotate", "CausalAttention")
-    attention = names["CausalAttention"](8, 2).eval()
-    x, angle = torch.randn(1, 4, 8), torch.arange(4.0)[None, None, :, None] * torch.ones(2)
-    full, cache = attention(x, (angle.cos(), angle.sin())), names["KVCache"](1, 1, 2, 4, 4)
-    for t in range(4):
-        here = angle[:, :, t:t + 1]
-        y = attention(x[:, t:t + 1], (here.cos(), here.sin()), cache)
-        cache.end_step()
-        torch.testing.assert_close(y[:, 0], full[:, t], atol=1e-5, rtol=1e-5)
+# ----------------------------------------------------------------------------- the contract
 
 
 def test_signatures_and_buffers_of_the_contract():

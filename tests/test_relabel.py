@@ -23,9 +23,8 @@ from probes import Memory, Probe, Run, use
 
 WALKS = int(os.environ.get("RELABEL_WALKS", 60))       # per world and test
 FUZZ = settings(max_examples=WALKS, deadline=None, database=None, derandomize=True)
-WORLDS = ["maze:5x5", "maze:7x7?goals=1", "maze:7x7?goals=5&rewired=true", "delivery:11"]
-if "crafter" in envs.SUITES:
-    WORLDS.append("crafter:instructions?horizon=40")
+WORLDS = ["maze:5x5", "maze:7x7?goals=1", "maze:7x7?goals=5&rewired=true", "delivery:11",
+          "crafter:instructions?horizon=40"]
 make_env = functools.cache(envs.make_env)
 
 

@@ -5,16 +5,11 @@
     python tests/benchmarks/popgym.py --envs popgym:CountRecallEasy --out runs/lr -- --lr 5e-4
     python tests/benchmarks/popgym.py --table runs/popgym            # only read what is there
 
-Each run is `python amago_min.py --env X --seed S --out FOLDER` and gives one row. "Reached" is the
-first evaluation of at least the paper's return less 0.02: its env steps, updates and minutes of
-training (acting and learning). "Best" is the best of all evaluations, as the paper counts. A run
-whose folder is there already is read and not run again.
+Each run is `python amago_min.py --env X --seed S --out FOLDER` and gives one row, that of README's
+table (see notebooks/tables.py). A run whose folder is there already is read and not run again.
 """
 
 import argparse
-import csv
-import json
-import math
 import resource
 import signal
 import subprocess
@@ -24,14 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)         # in place of this folder, where this file would hide the package
-import envs
+from envs import UsageError  # noqa: E402 (after the path)
+from notebooks import plots, tables  # noqa: E402
 
 EIGHT = [f"popgym:{name}" for name in (
     "RepeatFirstEasy", "AutoencodeEasy", "CountRecallEasy", "PositionOnlyCartPoleEasy",
     "PositionOnlyPendulumEasy", "HigherLowerEasy", "MultiarmedBanditEasy",
     "RepeatPreviousMedium")]
-HEADER = ("environment", "seed", "best", "paper", "reached: env steps", "updates", "minutes",
-          "in all: env steps", "updates", "minutes")
 
 
 def run(env, seed, folder, minutes, more):
@@ -53,27 +47,11 @@ def run(env, seed, folder, minutes, more):
     return time.perf_counter() - start
 
 
-def read_row(folder):
-    """A run's row of the table, from its config.json and log.csv."""
-    config = json.loads((folder / "config.json").read_text())
-    with open(folder / "log.csv", newline="") as file:
-        log = [{name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)]
-    env = envs.make_env(config["env"])
-    paper = env.references.get("paper")
-    if not log:
-        return [env.name, config["seed"], "no evaluation yet", paper] + 6 * ["-"]
-    goal = math.inf if paper is None else paper - 0.02
-    reached = next((row for row in log if row["return_mean"] >= goal), None)
-
-    def when(row):
-        return [f"{row['env_steps']:,.0f}", f"{row['updates']:,.0f}",
-                f"{row['seconds'] / 60:.2f}"] if row else 3 * ["-"]
-    return [env.name, config["seed"], f"{max(row['return_mean'] for row in log):.3f}", paper,
-            *when(reached), *when(log[-1])]
-
-
-def print_row(cells):
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
+def row_of(folder):
+    try:
+        return tables.popgym_row(plots.Curve.read(folder))
+    except UsageError as problem:
+        return [problem]
 
 
 def main():
@@ -94,13 +72,12 @@ def main():
         else [options.out / f"{name.partition(':')[2]}-{seed}" for name in names for seed in seeds]
     jobs = [(name, seed) for name in names for seed in seeds]
 
-    print_row(HEADER)
-    print_row(["---"] * 2 + ["---:"] * 8)
+    print(tables.markdown(tables.POPGYM_HEADER, []))
     walls = []
     for i, folder in enumerate(folders):
         if not (folder / "config.json").exists():
             walls.append(run(*jobs[i], folder, options.minutes, options.more))
-        print_row(read_row(folder))
+        print("|", " | ".join(map(str, row_of(folder))), "|", flush=True)
     if options.main_job and walls:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10   # Linux: kilobytes
         print(f"\nThe whole command, wall time: {', '.join(f'{x:.1f} s' for x in walls)};"

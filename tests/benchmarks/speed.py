@@ -135,7 +135,7 @@ def act(cell):
     return {name: x / config.context / cell["envs"] for name, x in found.items()}
 
 
-def main():
+def read_options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["nano", "small", "paper"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[64 << i for i in range(6)])
@@ -144,8 +144,11 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=int, default=180, help="most seconds for a cell, else skip")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if cell := options.cell:
+    return parser.parse_args()
+
+
+def main():
+    if cell := (options := read_options()).cell:
         am.keep_freed_memory()                  # as train does
         torch.set_num_threads(cell["threads"] or torch.get_num_threads())
         return print(json.dumps(dict(peak=peak, update=update, act=act)[cell["what"]](cell)))
