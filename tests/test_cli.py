@@ -272,7 +272,7 @@ def test_exit_code_of_the_program():
 def test_numbers_may_be_written_as_people_do():
     """Catches 1_000 that is no number."""
     config = am.parse_command_line("--env-steps 1_000 --lr 1e-3 --gammas 0 .9".split())[0]
-    assert (config.env_steps, config.lr, config.gammas) == (1000, .001, [0, .9])
+    assert (config.env_steps, config.lr, config.gammas) == (1000, .001, (0, .9))
 
 
 # ---- what breaks on the way ----
