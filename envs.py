@@ -2705,8 +2705,8 @@ class Parser(argparse.ArgumentParser):
         missing = re.match(r"argument (--[a-z-]+): expected", message)
         if missing:
             action = flags[missing[1]]
-            value = (action.metavar if action.choices or not action.default
-                     else " ".join(map(str, np.atleast_1d(action.default))))
+            default = " ".join(map(str, np.atleast_1d(action.default)))
+            value = action.metavar if "|" in action.metavar else default or action.metavar
             message += f"; such as {missing[1]} {value}"
         raise UsageError(message)
 
@@ -2762,6 +2762,8 @@ def check_together(given):
 
 def without_memory(problem):
     """Whether an exception says that there is no memory: numpy's or torch's, on a CPU or a GPU."""
+    if isinstance(problem, (BrokenEnvironment, NonFiniteLoss, OutOfMemory)):      # what we say
+        return False
     return isinstance(problem, MemoryError) or isinstance(problem, RuntimeError) and bool(
         re.search("can't allocate memory|not enough memory|out of memory", str(problem)))
 
