@@ -50,9 +50,9 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, UsageError,
-                  catch_signals, check_options_of, each, keep_freed_memory, option,
-                  read_command_line, report_disk_trouble)
+from envs import (BrokenEnvironment, GoalRarity, Log, MachineError, NonFiniteLoss, Spec, UsageError,
+                  blame, catch_signals, check_options_of, each, keep_freed_memory, option,
+                  read_command_line, report_disk_trouble, say)
 
 VERSION = 3    # of checkpoints
 # ==================================================================================================
@@ -92,14 +92,15 @@ class Config:
     # when to stop, what to write
     env_steps: int = option(1_000_000, "stop after so many environment steps", low=1, free=True)
     target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, or"
-                                " auto = the environment's known maximum less 1 %%", free=True)
+                                " auto = the environment's known maximum less 1 %%",
+                                words=("none", "auto"), free=True)
     out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
     eval_every: int = option(0, "env steps between evaluations, later a tenth of those so far; 0 ="
                              " 1000, or a quarter of an evaluation's", low=0, free=True)
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
-    parallel_envs: int = option(16, "environments that act side by side", low=1)
+    parallel_envs: int = option(16, "environments that act side by side", low=1, high=10**5)
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
@@ -111,14 +112,14 @@ class Config:
     importance: bool = option(True, "prefer hindsight goals that are rarely reached")
     hide_plan: bool = option(False, "show the agent only the current goal of its instruction")
     # learning
-    batch: int = option(24, "rollouts per update", low=1)
+    batch: int = option(24, "rollouts per update", low=1, high=10**5)
     lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1)
     warmup: int = option(100, "updates over which the learning rate rises from 0", low=1)
     weight_decay: float = option(1e-3, "AdamW's decoupled weight decay", low=0)
-    grad_clip: float = option(1.0, "largest norm of the gradient", low=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
                            "discount factors learned together; the last acts", low=0, high=.99999)
-    critics: int = option(4, "critics in the ensemble", low=2)
+    critics: int = option(4, "critics in the ensemble", low=2, high=1000)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
     memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
     positions: str = option("both", "how attention knows the time",
@@ -129,11 +130,6 @@ class Config:
     def __post_init__(self):
         check_options_of(self)
         self.lr = self.lr or SIZES[self.size]["lr"]
-        if not self.gammas:
-            raise UsageError("--gammas needs at least one number; the last one acts")
-        if not re.fullmatch(r"auto|none|-?\d*\.?\d+(e-?\d+)?", self.target_return):
-            raise UsageError(f"--target-return {self.target_return!r} is neither a number nor none"
-                             " nor auto")
 
     def torch_device(self):
         """The device to compute on; under torchrun, a GPU for each process."""
@@ -145,7 +141,8 @@ class Config:
             return torch.device(name)
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
-            raise UsageError(f"--device {name!r} is not here; there is {there}") from None
+            kind = MachineError if name == cuda and torch.cuda.device_count() else UsageError
+            raise kind(f"--device {name!r} is not here; there is {there}") from None
 
 
 # ==================================================================================================
@@ -1142,20 +1139,24 @@ class Collector:
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise
     -> the dict that `summary` in envs.py explains, its success NaN where none is reported.
-    Every environment plays as many episodes, rounded up: counting those that end first would favour
-    short ones. Same seed, same result; training's randomness is kept.
+    Each environment plays a number of episodes fixed beforehand: counting those that end first would
+    favour short ones. Same seed, same result; training's randomness is kept.
     """
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         collector = Collector(env, n_envs, agent, context, seed)
-        left = np.full(n_envs, -(-episodes // n_envs))
-        while left.max() > 0:
-            for i, trajectory in collector.step():
-                if left[i] > 0:
-                    played.append(trajectory)
-                left[i] -= 1
+        left = episodes // n_envs + (np.arange(n_envs) < episodes % n_envs)
+        # For those who have waited for 3 s; it is full if no episode ends early.
+        with environments.progress_bar(left.max() * agent.spec.horizon, process_rank() == 0,
+                                       delay=3) as bar:
+            while left.max() > 0:
+                for i, trajectory in collector.step():
+                    if left[i] > 0:
+                        played.append(trajectory)
+                    left[i] -= 1
+                bar.update()
     agent.train(was_training)
     return environments.summary(played)
 
@@ -1302,7 +1303,8 @@ def train(config, saved=None):
     log = Log(config, env, f"{config.size} agent, {parameters:,} parameters on {device}", rank == 0)
     run = dict(learner=learner, buffer=buffer, collector=collector, log=log, rng=rng)
     if saved:
-        restore_run(run, saved)
+        with blame(log.folder / "checkpoint.pt"):
+            restore_run(run, saved)
     with catch_signals() as caught, log.files(lambda end: save_run(log.folder, run, True, end)):
         while not sum_over_ranks(caught.is_set()):
             # 1. Evaluate, log, and stop if the goal is reached or the budget spent.
@@ -1405,23 +1407,25 @@ def load_checkpoint(folder, device="cpu"):
     """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
     UsageError if there is none, or one that is damaged, foreign, of another version or env."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
+    if not os.path.exists(path):                             # nor does a name that is too long
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
-    try:
+    with blame(path):
         with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
             if archive.testzip() or any(x.external_attr for x in archive.infolist()):
                 raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state["version"]
-    except Exception as problem:                             # any byte of it may be wrong
-        raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
+        if type(version := state["version"]) is not int:
+            raise TypeError
     if version != VERSION:
         raise UsageError(f"{path} has version {version}, this program reads {VERSION}")
-    config, spec = Config(**state["config"]), Spec(**state["spec"])
+    with blame(path):
+        config, spec = Config(**state["config"]), Spec(**state["spec"])
+        state["env_steps"] + len(state["processes"])         # are there, a number and a dict
     if Spec.of(environments.make_env(config.env)) != spec:
         raise UsageError(f"{folder} was trained when {config.env} had other spaces than now")
     agent = Agent(spec, config).to(device).eval()
-    agent.load_state_dict(state["learner"]["average"])
+    with blame(path):
+        agent.load_state_dict(state["learner"]["average"])
     agent.keep()
     return config, agent, state
 
@@ -1444,11 +1448,7 @@ def parse_command_line(argv=None):
     values, given = read_command_line(Config, "amago_min.py", argv)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    alone, with_eval = {"render", "instruction"}, {"eval", "episodes", "seed", "device", "threads"}
-    wrong = given.keys() - alone - with_eval if values["eval"] else given.keys() & alone
-    if wrong:
-        how = "does not go with" if values["eval"] else "goes with"
-        raise UsageError(f"--{min(wrong).replace('_', '-')} {how} --eval FOLDER")
+    environments.check_together(given)
     return Config(**values), None
 
 
@@ -1457,40 +1457,26 @@ def evaluate_saved(config):
     saved, agent, state = load_checkpoint(config.eval, config.torch_device())
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.instruction:
-        saved.env += f"{'&' if '?' in saved.env else '?'}instruction={config.instruction}"
+        saved.env = environments.fix_instruction(saved.env, config.instruction)
     seed = 2**31 + config.seed                    # seeds that no training has seen
     if config.render:
         from notebooks import plots               # drawing is not what this file is about
-        print(plots.render(agent, saved, config.render, seed=seed))
+        say(plots.render(agent, saved, config.render, seed=seed))
     score = evaluate(agent, saved.env, config.episodes, saved.context, seed)
-    print(f"{saved.env} after {state['env_steps']:,} env steps:", environments.in_words(score))
+    say(f"{saved.env} after {state['env_steps']:,} env steps: {environments.in_words(score)}")
 
 
 def main(argv=None):
     """-> exit code: 0 done, 1 the run broke (state saved), 2 bad arguments, 130 Ctrl-C (saved)."""
-    try:
+    def work():
         config, saved = parse_command_line(argv)
-        if config.eval:
-            evaluate_saved(config)
-        else:
-            train(config, saved)
-    except (UsageError, ModuleNotFoundError) as problem:
-        print(f"amago_min.py: {problem}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as problem:
-        if isinstance(problem, dist.DistError) or "gloo" in str(problem):    # torch's own words
-            problem = "another process of this job ended"
-        elif not isinstance(problem, (NonFiniteLoss, BrokenEnvironment, OSError)):
-            raise
-        print(f"amago_min.py stopped: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as saved:
-        print("amago_min.py: interrupted", *saved.args, sep="; ", file=sys.stderr)
-        return 130
+        evaluate_saved(config) if config.eval else train(config, saved)
+    try:
+        return environments.exit_code("amago_min.py", work, lambda problem: (
+            isinstance(problem, dist.DistError) or "gloo" in str(problem)))     # torch's own words
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import numbers
 import operator
 import os
 import random
@@ -76,6 +77,10 @@ class UsageError(ValueError):
     """The user asked for something that is not there; the message, one line, says what is."""
 
 
+class MachineError(UsageError):
+    """This machine lacks it. Of several processes, each says so: others may have it."""
+
+
 def make_env(name, seed=None, **options):
     """Build the environment `name`. Keyword options win over the ones written in the name.
 
@@ -99,7 +104,9 @@ def parse_name(name):
     full, _, query = name.partition("?")
     suite, colon, rest = full.partition(":")
     if not colon:
-        choices = [*popgym_names(), *gym_names()]
+        choices = [*dict(list_envs()), *gym_names()]
+        if full in SUITES:
+            choices = [x for x in choices if x.startswith(full + ":")] or [full + ":"]
         raise ValueError(f"environment {name!r} has no 'suite:' in front; {nearest(full, choices)}")
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r} in {name!r}; {nearest(suite, SUITES)}")
@@ -109,7 +116,7 @@ def parse_name(name):
         if not equals or key in ("", "name", "seed", *options):  # make_env's own arguments, twice
             raise ValueError(f"bad option {pair!r} in {name!r}; write ?key=value&key=value, "
                              "every key once; the seed is an argument of its own")
-        options[key] = parse_value(value)
+        options[key] = value if key == "instruction" else parse_value(value)
     return suite, rest, options
 
 
@@ -128,6 +135,15 @@ def full_name(name, options):
     written = sorted(f"{key}={str(value).lower() if isinstance(value, bool) else value}"
                      for key, value in options.items())
     return name + ("?" + "&".join(written) if written else "")
+
+
+def fix_instruction(name, instruction):
+    """The environment's name with an instruction, a text, among its options in place of its own.
+    UsageError for a wrong word, and if it has no instructions."""
+    if "instruction" not in getattr(make_env(name).observation_space, "spaces", ()):
+        raise UsageError(f"{name} has no instructions; environments that do: maze:, delivery:,"
+                         " crafter:instructions")
+    return make_env(name, instruction=instruction).name
 
 
 def nearest(wrong, choices):
@@ -575,8 +591,14 @@ def gym_spec(name):
     """`module:Id` imports the module first, which is how other packages add their ids."""
     module, colon, name_there = name.rpartition(":")
     if colon and module.isidentifier():
-        need(module, module, f"gym:{name}")
-        importlib.import_module(module)
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"'gym:{name}' needs the module {module}: there is no"
+                                      f" {module}.py beside amago_min.py, nor such a package")
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever is wrong in somebody's module
+            raise ValueError(f"module {module!r} of 'gym:{name}' cannot be imported: "
+                             + " ".join(f"{type(error).__name__}: {error}".split())) from error
     if name_there not in gymnasium.registry or (colon and not module.isidentifier()):
         raise ValueError(f"unknown environment {'gym:' + name!r}; "
                          + nearest("gym:" + name_there, gym_names()))
@@ -2222,6 +2244,14 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
 
 
+class OutOfMemory(RuntimeError):
+    """There was not enough memory to go on."""
+
+    def __init__(self, problem):
+        super().__init__("too little memory (" + " ".join(str(problem).split())[:120] + "); take a"
+                         " smaller --buffer-steps, --parallel-envs, --critics, --batch or --size")
+
+
 def describe_batch(batch, loss, norm, updates):
     """One line on the batch that broke the loss: the ranges of its arrays."""
     arrays = {**batch["tokens"], **batch["tokens"]["obs"]}
@@ -2514,30 +2544,37 @@ class Log:
             f"{env.name}: rollouts of at most {env.horizon} steps; mean return {known}\n"
             f"{agent}; until {until}{config.env_steps:,} env steps\n\n"
             + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS.values()))
-        self.bar = tqdm(total=config.env_steps, unit=" steps", leave=False, dynamic_ncols=True,
-                        disable=None if self.writes else True)
+        self.bar = progress_bar(config.env_steps, self.writes)
 
     @contextlib.contextmanager
     def files(self, save):
         """Write everything that a run leaves, however the `with` block ends; save(the exception
         that ended it, or None) is called before the last files."""
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             versions = {name: importlib.metadata.version(name)
                         for name in ("torch", "numpy", "gymnasium", "popgym", "crafter", "mujoco",
                                      "metaworld") if importlib.util.find_spec(name)}
             versions["python"] = sys.version.split()[0]
             git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, text=True,
                                  capture_output=True, cwd=Path(__file__).resolve().parent)
-            self.json("config.json", dict(dataclasses.asdict(self.config), versions=versions,
-                                          commit=git.stdout.strip(), command=" ".join(sys.argv)))
-            self.csv()
-            tqdm.write(self.header)
+            options = dict(dataclasses.asdict(self.config), versions=versions,
+                           commit=git.stdout.strip(), command=" ".join(sys.argv))
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.json("config.json", options)
+                self.csv()
+            except OSError as problem:
+                flag = "--resume" if self.config.resume else "--out"
+                raise UsageError(f"{flag} {self.folder} cannot be written: {problem.strerror};"
+                                 " choose another folder") from problem
+            say(self.header)
         end = None
         try:
             yield
         except BaseException as problem:
             end = problem
+            if without_memory(problem):
+                raise OutOfMemory(problem) from problem
             raise
         finally:
             self.bar.close()
@@ -2592,8 +2629,8 @@ class Log:
                 self.csv()
             cells = ((row.get(name, math.nan), how, width) for name, (_, width, how, _)
                      in COLUMNS.items())
-            tqdm.write("".join(("-" if math.isnan(x) else format(x, how)).rjust(width)
-                               for x, how, width in cells))
+            say("".join(("-" if math.isnan(x) else format(x, how)).rjust(width)
+                        for x, how, width in cells))
 
     def finish(self):
         """eval.json and curve.png from the rows so far, and a last line that says where."""
@@ -2607,8 +2644,8 @@ class Log:
         plot_curve(self.rows, self.env, self.folder / "curve.png")
         when = (f" after {last['env_steps']:,} env steps, {last['updates']:,} updates,"
                 f" {last['seconds']:.1f} s of training")
-        tqdm.write(f"\n{in_words(self.rows[-1], when)}\n"
-                   f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
+        say(f"\n{in_words(self.rows[-1], when)}\n"
+            f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
 
     def csv(self):
         with open(self.folder / "log.csv", "w", newline="") as file:
@@ -2627,6 +2664,22 @@ class Log:
 
     def restore(self, state):
         vars(self).update(state)
+
+
+def progress_bar(total, shown=True, **more):
+    """For people who wait at a terminal; elsewhere nothing is shown."""
+    return tqdm(total=total, unit=" steps", leave=False, dynamic_ncols=True,
+                disable=None if shown else True, **more)
+
+
+def say(text):
+    """A line on the console, above the progress bar. When the reader has gone, as in `| head -1`,
+    all that follows is dropped and the run goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stopping_return(config, env):
@@ -2683,11 +2736,12 @@ def output_folder(config):
     Raises UsageError if --out holds a run already: nobody's run is ever overwritten.
     """
     out = Path(config.out)
-    if config.out and (out / "log.csv").exists():
+    if config.out and os.path.exists(out / "log.csv"):    # a name too long does not exist either
         raise UsageError(f"--out {out} already holds a run; choose another folder")
-    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
+    if not next(path for path in (out, *out.parents) if os.path.exists(path)).is_dir():
         raise UsageError(f"--out {out} cannot be a folder: there is a file in its place")
-    stem = f"runs/{re.sub('[^A-Za-z0-9.]+', '-', config.env)}-{config.seed}"
+    env = re.sub("[^A-Za-z0-9.]+", "-", config.env)[:200].strip("-")  # file systems take 255 bytes
+    stem = f"runs/{env}-{config.seed}"
     names = (Path(stem if i == 1 else f"{stem}-{i}") for i in itertools.count(1))
     return out if config.out else next(name for name in names if not name.exists())
 
@@ -2737,79 +2791,198 @@ def report_disk_trouble():
     try:
         yield
     except OSError as problem:
-        tqdm.write(f"not written: {problem}; training goes on, the last checkpoint is intact")
+        say(f"not written: {problem}; training goes on, the last checkpoint is intact")
 
 
 # ---- 15. A command line from a dataclass ------------------------------------------------------
 
 
-def option(default, help, choices=None, low=-math.inf, high=math.inf, free=False):
-    """A Config field: its default, its help text, what it may be (choices, or low..high), and
-    whether it is free to change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low,
-                                                            high=high, free=free))
+def option(default, help, choices=None, low=-1e12, high=10**12, words=(), free=False):
+    """A Config field: its default, its help text, what it may be (one of choices; low..high, within
+    what arrays can count; words or, as text, a number), and whether it is free to change when a run
+    is resumed."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, low=low, high=high, words=words, free=free))
 
 
 def check_options_of(config):
-    """UsageError if a field of the dataclass `config` breaks the rule that `option` gave it."""
+    """UsageError if a field of the dataclass `config` breaks the rule that `option` gave it. Lists
+    become tuples."""
     for field in dataclasses.fields(config):
-        flag, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
-        rule = field.metadata
-        if rule["choices"] and value not in rule["choices"]:
-            raise UsageError(f"{flag} {value!r} is not one of {', '.join(rule['choices'])}; "
-                             + nearest(value, rule["choices"]))
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, str) or rule["low"] <= x <= rule["high"] and math.isfinite(x):
-                continue
-            limit = rule["high"] if x > rule["low"] else rule["low"]
-            raise UsageError(f"{flag} {x} is out of range {rule['low']:g} .. {rule['high']:g}"
-                             + ("" if math.isinf(limit) else f"; the nearest limit is {limit}"))
+        flag, value, rule = flag_of(field.name), getattr(config, field.name), field.metadata
+        if isinstance(field.default, tuple):
+            setattr(config, field.name, tuple(value))
+            if not len(value):
+                raise UsageError(f"{flag} needs at least one number")
+            for x in value:
+                check_value(flag, x, field.default[0], rule)
+        elif rule["words"]:
+            setattr(config, field.name, str(value))
+            check_number_or_word(flag, str(value), rule["words"])
+        else:
+            check_value(flag, value, field.default, rule)
+
+
+KINDS = {bool: (bool, "on or off"), int: (numbers.Integral, "a whole number"),
+         float: (numbers.Real, "a number"), str: (str, "text")}
+
+
+def check_value(flag, x, default, rule):
+    """UsageError if x is not of the default's kind, none of the choices, or out of range."""
+    kind, name = KINDS[type(default)]
+    if not isinstance(x, kind) or isinstance(x, bool) != isinstance(default, bool):
+        raise UsageError(f"{flag} {shorten(repr(x))[1:-1]} is not {name}")
+    if rule["choices"] and x not in rule["choices"]:
+        raise UsageError(f"{flag} {x!r} is not one of {', '.join(rule['choices'])}; "
+                         + nearest(x, rule["choices"]))
+    if not isinstance(x, str) and not rule["low"] <= x <= rule["high"]:      # NaN is not, either
+        limit = rule["high"] if x > rule["low"] else rule["low"]
+        raise UsageError(f"{flag} {shorten(str(x))[1:-1]} is out of range {rule['low']:g} .."
+                         f" {rule['high']:g}; the nearest limit is {limit}")
+
+
+def check_number_or_word(flag, text, words):
+    with contextlib.suppress(ValueError):
+        if text in words or math.isfinite(float(text)):
+            return
+    raise UsageError(f"{flag} {text!r} is neither a number nor {' nor '.join(words)}")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
 def changed_options(config, given):
     """A copy of `config` with the fields in `given`, {name: value}. UsageError for one that is not
     free to change when a run is resumed."""
     free = [field.name for field in dataclasses.fields(config) if field.metadata["free"]]
-    for name, value in given.items():
-        if name not in (*free, "resume") and value != getattr(config, name):
-            flags = ", ".join("--" + x.replace("_", "-") for x in free)
-            raise UsageError(f"--{name.replace('_', '-')} may not change on --resume (the run has"
-                             f" {getattr(config, name)!r}); these may: {flags}")
-    return dataclasses.replace(config, **given)
+    changed = dataclasses.replace(config, **given)        # which also brings values into one form
+    for name in given:
+        if name not in (*free, "resume") and getattr(changed, name) != getattr(config, name):
+            raise UsageError(f"{flag_of(name)} may not change on --resume (the run has"
+                             f" {getattr(config, name)!r}); these may: "
+                             + ", ".join(map(flag_of, free)))
+    return changed
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that complains in one line, with the nearest valid flag."""
 
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        # What begins with "-" is a number if it looks like one: argparse does not know -1e3 and -1.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)
+
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        flags = self._option_string_actions
+        unknown = re.match(r"unrecognized arguments: ([^ =]+)", message)
         if unknown:
-            flags = self._option_string_actions
-            message = f"unknown option {unknown[1]}; {nearest(unknown[1], flags)}"
+            word = unknown[1]
+            hint = f"write --env {word}" if ":" in word else nearest("--" + word.strip("-"), flags)
+            message = f"unknown option {word}; {hint}"
+        missing = re.match(r"argument (--[a-z-]+): expected", message)
+        if missing:
+            action = flags[missing[1]]
+            default = " ".join(map(str, np.atleast_1d(action.default)))
+            value = action.metavar if "|" in action.metavar else default or action.metavar
+            message += f"; such as {missing[1]} {value}"
         raise UsageError(message)
+
+
+def whole_number(text):
+    """'1000', '1_000' or '1e3' -> 1000"""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError, OverflowError):
+        if float(text) == int(float(text)):
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{shorten(text)} is not a whole number")
 
 
 def read_command_line(kind, program, argv=None):
     """One flag per field of the dataclass `kind` -> {field: value}, and only those written down."""
-    parser = Parser(prog=program, allow_abbrev=False,
+    parser = Parser(prog=program,
                     description="AMAGO: in-context reinforcement learning in one file.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(kind):
+    fields = dataclasses.fields(kind)
+    for field in fields:
         value, rule = field.default, field.metadata
         of = type(value[0] if isinstance(value, tuple) else value)
-        how = dict(type=of, metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(of))
+        how = dict(type=whole_number if of is int else of,
+                   metavar={int: "INT", float: "NUMBER", str: "TEXT"}.get(of))
         if isinstance(value, tuple):
             how.update(nargs="+")
         elif of is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif rule["choices"]:
             how.update(metavar="|".join(rule["choices"]))
-        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=rule["help"],
-                            **how)
+        parser.add_argument(flag_of(field.name), default=value, help=rule["help"], **how)
     argv = sys.argv[1:] if argv is None else list(argv)
-    values = vars(parser.parse_args(argv))
-    words = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
-    return values, {name: value for name, value in values.items() if name in words}
+    # Into a namespace that has a value for each already, argparse writes no defaults.
+    blank = argparse.Namespace(**{field.name: None for field in fields})
+    written = vars(parser.parse_args(argv, blank))
+    given = {name: value for name, value in written.items() if value is not None}
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"{flag_of(name)} is empty; give a value (was a variable of the shell"
+                             f" unset?) or leave {flag_of(name)} out")
+    return {field.name: given.get(field.name, field.default) for field in fields}, given
+
+
+def check_together(given):
+    """UsageError for options beside --eval that say nothing to it, or without it only to it."""
+    alone, with_eval = {"render", "instruction"}, {"eval", "episodes", "seed", "device", "threads"}
+    wrong = given.keys() - alone - with_eval if "eval" in given else given.keys() & alone
+    if wrong:
+        how = "does not go with" if "eval" in given else "goes with"
+        raise UsageError(f"{flag_of(min(wrong))} {how} --eval FOLDER")
+
+
+def without_memory(problem):
+    """Whether an exception says that there is no memory: numpy's or torch's, on a CPU or a GPU."""
+    if isinstance(problem, (BrokenEnvironment, NonFiniteLoss, OutOfMemory)):      # what we say
+        return False
+    return isinstance(problem, MemoryError) or isinstance(problem, RuntimeError) and bool(
+        re.search("can't allocate memory|not enough memory|out of memory", str(problem)))
+
+
+@contextlib.contextmanager
+def blame(path):
+    """Whatever goes wrong inside this `with` block is the fault of the file: any byte of it may be
+    wrong, or it is a file of something else."""
+    try:
+        yield
+    except Exception as problem:
+        if isinstance(problem, BrokenEnvironment) or without_memory(problem):
+            raise
+        raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
+
+
+def exit_code(program, work, lost=lambda problem: False):
+    """work() -> exit code: 0 done, 1 the run broke (state saved), 2 bad arguments, 130 Ctrl-C
+    (saved); what went wrong is one line on stderr. lost(problem): whether it is that another process
+    of this job ended."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0     # of several processes of this machine
+    try:
+        work()
+    except (UsageError, ModuleNotFoundError) as problem:
+        if first or isinstance(problem, MachineError):
+            print(f"{program}: {problem}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError, MemoryError) as problem:
+        if lost(problem):
+            problem = "another process of this job ended"
+        elif without_memory(problem):                     # before anything was written: see files
+            print(f"{program}: {OutOfMemory(problem)}", file=sys.stderr)
+            return 2
+        elif not isinstance(problem, (NonFiniteLoss, BrokenEnvironment, OutOfMemory, OSError)):
+            raise
+        print(f"{program} stopped: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as saved:
+        print(f"{program}: interrupted", *saved.args, sep="; ", file=sys.stderr)
+        return 130
+    return 0
 
 
 # ---- 16. The list --------------------------------------------------------------------------

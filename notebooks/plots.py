@@ -73,10 +73,7 @@ def play(agent, env, context=1024, seed=0):
 
 def fix_instruction(name, instruction):
     """The environment's name with an instruction, a text, among its options; as it is if None."""
-    if instruction is None:
-        return name
-    suite, rest, options = environments.parse_name(name)
-    return environments.full_name(f"{suite}:{rest}", {**options, "instruction": instruction})
+    return name if instruction is None else environments.fix_instruction(name, instruction)
 
 
 def picture_env(name):
@@ -188,11 +185,8 @@ def render(agent, config, path, seed=0, instruction=None):
     package is missing that the environment draws with, and OSError.
     """
     path = check_file(path, (".gif", ".png"))
-    try:
-        name = fix_instruction(config.env, instruction)
-        env = environments.make_env(name)
-    except ValueError as problem:                            # a wrong word in the instruction
-        raise UsageError(problem) from problem
+    name = fix_instruction(config.env, instruction)
+    env = environments.make_env(name)
     trajectory = play(agent, name, config.context, seed)
     result = f"return {trajectory.reward.sum():.3f} in {len(trajectory)} steps"
     goals = goal_steps(trajectory, env)
@@ -208,14 +202,21 @@ def render(agent, config, path, seed=0, instruction=None):
 
 
 def check_file(path, endings):
-    """-> Path. Raises UsageError for another ending, and for a folder that is not there, before any
-    work was done for it."""
+    """-> Path. Raises UsageError for another ending, for a folder that is not there, and for what
+    cannot be written, before any work was done for it."""
     path = Path(path)
     if path.suffix not in endings:
         raise UsageError(f"{str(path)!r} cannot be drawn; its name has to end in "
                          + " or ".join(endings))
     if not path.parent.is_dir():
         raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+    try:
+        there = path.exists()
+        open(path, "ab").close()                             # nothing else tells for sure
+        if not there:
+            path.unlink()
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be written: {problem.strerror}") from None
     return path
 
 

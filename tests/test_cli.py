@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -200,7 +201,22 @@ BAD = [  # arguments; what the message has to contain: the wrong word and the ne
     ("--batch 0", "--batch 0", "1"),
     ("--batch x", "--batch", "'x'"),
     ("--batch 1.5", "--batch", "'1.5'"),
-    ("--batch", "--batch", "one argument"),
+    ("--batch", "--batch", "one argument; such as --batch 24"),
+    ("--size", "--size", "one argument; such as --size nano|small|paper"),
+    ("-x", "-x", "nearest: --"),
+    ("sed 3", "sed", "nearest: --seed"),
+    ("--batch 999999999999", "--batch 999999999999", "100000"),
+    ("--env-steps 1 --parallel-envs 100000000000", "--parallel-envs 100000000000", "100000"),
+    ("--critics 999999999999", "--critics 999999999999", "1000"),
+    ("--context 9999999999999999999999999", "--context 9999999999", "1000000000000"),
+    ("--buffer-steps 1000000000000000", "--buffer-steps 10000000", "1000000000000"),
+    ("--buffer-steps 900000000000", "memory", "--buffer-steps"),
+    ("--grad-clip 0", "--grad-clip 0", "1e-09"),
+    ("--env wind", "'wind'", "nearest: wind:"),
+    ("--env crafter", "'crafter'", "crafter:instructions"),
+    ("--env darkky", "'darkky'", "nearest: darkkey:"),
+    ("--env gym:no_such_env:X-v0", "no_such_env", "no_such_env.py beside amago_min.py"),
+    ("--out /proc/x", "--out /proc/x", "cannot be written"),
     ("--lr 2", "--lr 2.0", "1"),
     ("--lr -1", "--lr -1", "0"),
     ("--lr nan", "--lr nan", "0"),
@@ -226,7 +242,7 @@ BAD = [  # arguments; what the message has to contain: the wrong word and the ne
     ("--render a.gif", "--render", "--eval"),
     ("--threads 5000", "--threads 5000", "1024"),
     ("--amp of", "'of'", "off"),
-    ("popgym:RepeatPrevious", "popgym:RepeatPrevious", ""),
+    ("popgym:RepeatPrevious", "popgym:RepeatPrevious", "write --env popgym:RepeatPrevious"),
     ("--out taken.txt", "taken.txt", ""),
     ("--out taken.txt/run", "taken.txt", ""),
 ]
@@ -243,6 +259,75 @@ def test_bad_arguments(arguments, wrong, right, tmp_path, capsys):
     message = one_line(capsys)
     assert wrong in message and right in message.split(wrong, 1)[1]
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["--eval", "--resume", "--out", "--render", "--instruction",
+                                  "--env", "--size", "--device"])
+def test_an_empty_value_is_no_value(flag, capsys):
+    """Catches `--eval "$RUN"` with a RUN that is not set: it would train for hours."""
+    more = ["--eval", "run"] if flag in ("--render", "--instruction") else ["--env-steps", "1"]
+    assert am.main([*more, flag, ""]) == 2
+    assert f"{flag} is empty" in one_line(capsys) and os.listdir() == []
+
+
+@pytest.mark.parametrize("flag", ["--eval", "--resume", "--out", "--env-steps", "--explore-steps"])
+def test_endless_values(flag, capsys):
+    """Catches a traceback for a name that no file system takes, and for a number that no float
+    holds."""
+    more = SMALL + (["--env-steps", "1"] if flag in ("--out", "--explore-steps") else [])
+    assert am.main([flag, "9" * 400] + (more if flag not in ("--eval", "--resume") else [])) == 2
+    assert "99999" in one_line(capsys) and os.listdir() == []
+
+
+def test_a_module_that_cannot_be_imported(monkeypatch, tmp_path, capsys):
+    """Catches a traceback for a mistake in the user's own file, and a package of the same name that
+    a stranger may have put into the index."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "boom_env.py").write_text("x = = 3")
+    (tmp_path / "poor_env.py").write_text("import no_such_thing")
+    for module, wrong in (("boom_env", "SyntaxError"), ("poor_env", "no_such_thing")):
+        assert am.main(["--env", f"gym:{module}:X-v0", "--env-steps", "1", *SMALL]) == 2
+        message = one_line(capsys)
+        assert module in message and wrong in message and "pip" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_values_are_no_flags(monkeypatch, capsys):
+    """Catches `--eval batch`, a folder, that is taken for --batch."""
+    assert am.main(["--eval", "batch"]) == 2
+    assert "batch/checkpoint.pt is not there" in one_line(capsys)
+    values, given = am.read_command_line(am.Config, "amago_min.py", [
+        "--out", "lr", "--env=seed", "--no-importance", "--render", "no-hide-plan"])
+    assert given == dict(out="lr", env="seed", importance=False, render="no-hide-plan")
+    assert values == {**dataclasses.asdict(am.Config()), "lr": 0.0, **given}
+
+
+def test_the_default_folder_has_a_name_that_can_be_typed(monkeypatch):
+    """Catches runs/wind--0, and a name of more than the 255 bytes that file systems take."""
+    use(monkeypatch, Choice)
+    for env, name in (("wind:", "wind-0"), ("maze:7x7?instruction=" + "travel to (1, 1), " * 30,
+                                            "maze-7x7-instruction-travel-to-1-1-travel-to-")):
+        assert am.main(["--env", env, "--env-steps", "2", *SMALL]) == 0
+        assert any(x.startswith(name) and x.endswith("-0") for x in os.listdir("runs"))
+
+
+@pytest.mark.parametrize("problem", [
+    MemoryError("Unable to allocate 9 TiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0.\nDefaultCPUAllocator: can't allocate"
+                 " memory: you tried to allocate 400 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")], ids=repr)
+@pytest.mark.parametrize("where, code", [("Learner.__init__", 2), ("Learner.update", 1)])
+def test_too_little_memory(problem, where, code, monkeypatch, capsys):
+    """Catches a traceback, files of a run that never was, and a run that is not saved."""
+    def fail(*_):
+        raise problem
+    use(monkeypatch, Choice)
+    owner, name = where.split(".")
+    monkeypatch.setattr(getattr(am, owner), name, fail)
+    assert am.main(["--env", "probe", "--env-steps", "99", "--out", "run", *SMALL]) == code
+    message = one_line(capsys)
+    assert "too little memory" in message and "--batch" in message
+    assert os.path.exists("run/checkpoint.pt") == os.path.exists("run") == (code == 1)
 
 
 @pytest.mark.parametrize("evaluating", [False, True])
@@ -270,9 +355,74 @@ def test_exit_code_of_the_program():
 
 
 def test_numbers_may_be_written_as_people_do():
-    """Catches 1_000 that is no number."""
+    """Catches 1_000 or 1e3 that is no number, or no whole one."""
     config = am.parse_command_line("--env-steps 1_000 --lr 1e-3 --gammas 0 .9".split())[0]
-    assert (config.env_steps, config.lr, config.gammas) == (1000, .001, [0, .9])
+    assert (config.env_steps, config.lr, config.gammas) == (1000, .001, (0, .9))
+    config = am.parse_command_line("--env-steps 1e6 --batch 2.5e1 --seed 7.".split())[0]
+    assert repr((config.env_steps, config.batch, config.seed)) == "(1000000, 25, 7)"
+
+
+@pytest.mark.parametrize("text", "-1 -1. -1e3 -.5 1. +1 1e+3 .5 1E2 -2.5e-3".split())
+def test_target_return_takes_any_number(text):
+    """Catches a number that float() knows and the command line does not."""
+    config = am.parse_command_line(["--target-return", text])[0]
+    assert am.environments.stopping_return(config, Probe()) == float(text)
+    config = am.Config(target_return=float(text))                        # as one writes in Python
+    assert am.environments.stopping_return(config, Probe()) == float(text)
+
+
+@pytest.mark.parametrize("options", [
+    dict(batch=1.5), dict(batch="24"), dict(batch=True), dict(lr="x"), dict(gammas=[.9, "x"]),
+    dict(env=3), dict(importance=1), dict(size=None), dict(gammas=[])], ids=str)
+def test_config_checks_kinds(options):
+    """Catches an option of the wrong kind, from Python or a checkpoint, that fails hours later."""
+    with pytest.raises(am.UsageError, match=f"--{min(options)}"):
+        am.Config(**options)
+
+
+@pytest.fixture(scope="module")
+def maze_agent(tmp_path_factory):
+    """The folder of an agent for a maze with an instruction in its name."""
+    folder = tmp_path_factory.mktemp("agent") / "run"
+    assert am.main(["--env", "maze:7x7?goals=2&instruction=travel to (1, 1)", "--env-steps", "1",
+                    "--out", str(folder), *SMALL]) == 0
+    return str(folder)
+
+
+def test_another_instruction(maze_agent, capsys):
+    """Catches an agent that, once trained for one instruction, can be given no other."""
+    assert am.main(["--eval", maze_agent, "--episodes", "1", "--instruction",
+                    "travel to (1, 3),travel to (5, 5)"]) == 0
+    printed = capsys.readouterr().out
+    assert "maze:7x7?goals=2&instruction=travel to (1, 3), travel to (5, 5) after" in printed
+
+
+@pytest.mark.parametrize("text", ["travel & rest", "a=b&c=d", "3", "true", "1e5", "?", "&"])
+def test_a_wrong_instruction(text, maze_agent, capsys):
+    """Catches an instruction that is read as options, or as a number instead of words."""
+    assert am.main(["--eval", maze_agent, "--episodes", "1", "--instruction", text]) == 2
+    message = one_line(capsys)
+    assert f"unknown goal {text!r}" in message and "nearest: travel to" in message
+    if "&" not in text:                                   # which would begin the next option
+        with pytest.raises(am.UsageError, match="unknown goal"):
+            am.environments.make_env(f"maze:7x7?instruction={text}")
+
+
+def test_an_instruction_for_an_agent_that_takes_none(capsys):
+    """Catches a message about keywords of a constructor."""
+    assert am.main(["--env-steps", "1", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+    assert am.main(["--eval", "run", "--instruction", "eat cow"]) == 2
+    assert "popgym:RepeatPrevious has no instructions" in one_line(capsys)
+
+
+@pytest.mark.parametrize("path", ["/proc/x.gif", "/proc/x.png", "folder.gif", "9" * 300 + ".gif"])
+def test_a_picture_that_cannot_be_written(path, maze_agent, monkeypatch, capsys):
+    """Catches an episode that is played for nothing, and a traceback."""
+    os.mkdir("folder.gif")
+    monkeypatch.setattr(am, "Collector", None)                           # nothing is played
+    assert am.main(["--eval", maze_agent, "--render", path]) == 2
+    assert "cannot be written" in one_line(capsys) and os.listdir() == ["folder.gif"]
 
 
 # ---- what breaks on the way ----
@@ -437,3 +587,43 @@ def test_control_c_waits_for_the_end_of_the_update(monkeypatch, tmp_path):
     state = saved(tmp_path / "run")
     assert state["learner"]["updates"] == len(states) >= 3
     assert all(torch.equal(state["learner"]["agent"][name], x) for name, x in states[-1].items())
+
+
+# ---- the console ----
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """Catches a training that ends because `| head -1` has seen enough, and one whose last lines
+    are lost in a traceback: it goes on to its end, with everything saved."""
+    command = [sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20", "--env-steps", "200",
+               "--eval-every", "40", "--out", "run", *SMALL]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"CartPole" in run.stdout.readline()
+    run.stdout.close()
+    error = run.stderr.read()
+    assert (run.wait(60), error) == (0, b"")
+    assert rows_of(tmp_path / "run")[-1][0] == "200" and saved(tmp_path / "run")["env_steps"] == 200
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("seconds, shown", [(0.01, False), (1, True)])
+def test_a_long_evaluation_shows_how_far_it_is(seconds, shown, monkeypatch):
+    """Catches 20 s of silence before the first row, and a bar that flickers in each short one."""
+    use(monkeypatch, Choice, horizon=6)
+    agent = am.Agent(am.Spec.of(Choice()), am.Config()).eval()
+    agent.spec = dataclasses.replace(agent.spec, horizon=6)
+    screen, receive, clock = Terminal(), am.Collector.receive, [0.0]
+
+    def slow(self):
+        clock[0] += seconds
+        return receive(self)
+    monkeypatch.setattr(am.Collector, "receive", slow)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    am.evaluate(agent, "probe", 4)
+    assert ("/6 [" in screen.getvalue()) == shown
+    assert not shown or screen.getvalue().endswith("\r")  # and leaves nothing behind

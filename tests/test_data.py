@@ -447,6 +447,19 @@ def test_short_episodes_do_not_count_more(monkeypatch):
     assert (score["return_mean"], score["return_std"], score["episodes"]) == (0.5, 0.5, 8)
 
 
+@pytest.mark.parametrize("episodes", [1, 3, 5, 40])
+def test_as_many_episodes_as_asked(episodes, monkeypatch):
+    """Catches 40 episodes that become 64: each environment's number is fixed beforehand, and they
+    differ by one at most."""
+    agent, played = agent_of(use(monkeypatch, LongOrShort)), []
+    receive = am.Collector.receive
+    monkeypatch.setattr(am.Collector, "receive", lambda self: (
+        played.append(receive(self)), played[-1])[1])
+    assert am.evaluate(agent, "probe", episodes, max_envs=32)["episodes"] == episodes
+    last = [i for i, _ in played[-1]]                     # the last one is waited for, long or short
+    assert max(last) < episodes
+
+
 def test_evaluation_adds_no_noise(monkeypatch):
     """Catches exploration during evaluation."""
     agent = agent_of(use(monkeypatch, Choice, horizon=3))

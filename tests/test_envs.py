@@ -613,7 +613,7 @@ def test_options_written_and_given():
 @pytest.mark.parametrize("absent, name, command", [
     ("mazelib", "popgym:LabyrinthEscapeHard", "pip install mazelib==0.9.16"),
     ("popgym", "popgym:RepeatFirst", "pip install popgym==1.0.7"),
-    ("some_package", "gym:some_package:Env-v0", "pip install some_package")])
+    ("some_package", "gym:some_package:Env-v0", "no some_package.py .*, nor such a package")])
 def test_absent_packages_name_their_command(monkeypatch, absent, name, command):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",

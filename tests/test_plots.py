@@ -43,7 +43,7 @@ def save_run(folder, env, agent, **options):
     folder.mkdir(exist_ok=True)
     config = am.Config(env=env, **options)
     am.save_checkpoint(folder / "checkpoint.pt", dict(
-        version=am.VERSION, config=dataclasses.asdict(config), env_steps=0,
+        version=am.VERSION, config=dataclasses.asdict(config), env_steps=0, processes={},
         spec=dataclasses.asdict(agent.spec), learner=dict(average=agent.state_dict())))
 
 
@@ -313,19 +313,23 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_the_instruction_is_part_of_the_name(tmp_path, monkeypatch):
-    """Catches an episode that is played, or played again, with another instruction."""
-    names, env = [], use(monkeypatch, Coloured)
-    monkeypatch.setattr(am.environments, "make_env",
-                        lambda name, seed=None: (names.append(name), Coloured())[1])
-    plots.render(agent_for(env), am.Config(env="popgym:x?a=1"), tmp_path / "a.gif",
-                 instruction="eat cow, travel to (1, 2)")
-    assert set(names) == {"popgym:x?a=1&instruction=eat cow, travel to (1, 2)"}
-
-    def wrong(name, seed=None):
-        raise ValueError("unknown goal 'eat caw'; nearest: eat cow")
-    monkeypatch.setattr(am.environments, "make_env", wrong)
-    with pytest.raises(am.UsageError, match="nearest: eat cow"):
-        plots.render(agent_for(env), am.Config(), tmp_path / "a.gif", instruction="eat caw")
+    """Catches an episode that is played, or played again, with another instruction, and one that
+    stands in the name already and is kept."""
+    names, make_env = [], am.environments.make_env
+    monkeypatch.setattr(plots, "FRAMES", 5)
+    monkeypatch.setattr(am.environments, "make_env", lambda name, *more, **options: (
+        names.append(name), make_env(name, *more, **options))[1])
+    for env in ("maze:7x7?goals=2", "maze:7x7?goals=2&instruction=travel to (5, 5)"):
+        names.clear()
+        plots.render(agent_for(make_env(env)), am.Config(env=env), tmp_path / "a.gif",
+                     instruction="travel to (1, 1), travel to (1, 3)")
+        assert set(names) == {
+            env, "maze:7x7?goals=2&instruction=travel to (1, 1), travel to (1, 3)"}
+        assert names.count(env) == 2                          # looked at, and given another one
+    with pytest.raises(am.UsageError, match="nearest: travel to"):
+        plots.render(agent_for(make_env(env)), am.Config(env=env), tmp_path / "b.gif",
+                     instruction="travl & (1, 1)")
+    assert not (tmp_path / "b.gif").exists()
 
 
 def test_a_maze_with_an_instruction(tmp_path, monkeypatch):

@@ -394,6 +394,66 @@ def test_foreign_checkpoints(content, flag, capsys):
     assert not pathlib.Path("unpickled").exists()
 
 
+def without(*names):
+    return lambda state: [state.pop(name) for name in names]
+
+
+WRONG_PARTS = {  # what is done to a good checkpoint
+    "only a version": without("config", "spec", "learner", "env_steps", "log", "processes"),
+    "a tensor for a version": lambda x: x.update(version=torch.tensor(3)),
+    "two versions": lambda x: x.update(version=torch.tensor([3, 3])),
+    "a version as text": lambda x: x.update(version="3"),
+    "a list of options": lambda x: x.update(config=[1, 2]),
+    "another option": lambda x: x["config"].update(depth=3),
+    "an option of another kind": lambda x: x["config"].update(gammas=.9),
+    "an option that may not be": lambda x: x["config"].update(batch=-1),
+    "no spec": without("spec"),
+    "another field": lambda x: x["spec"].update(depth=3),
+    "no steps": without("env_steps"),
+    "steps as text": lambda x: x.update(env_steps="120"),
+    "no processes": without("processes"),
+    "a number of processes": lambda x: x.update(processes=1),
+    "no weights": lambda x: x["learner"].pop("average"),
+    "a list of weights": lambda x: x["learner"].update(average=[1, 2]),
+    "a weight too few": lambda x: x["learner"]["average"].pop("transformer.norm.weight"),
+    "a weight of another size": lambda x: x["learner"]["average"].update(
+        {"transformer.norm.weight": torch.zeros(3)}),
+    "a weight that is none": lambda x: x["learner"]["average"].update(
+        {"transformer.norm.weight": "text"}),
+    "another size of agent": lambda x: x["config"].update(size="small"),
+}
+ONLY_RESUME = {  # what --eval has no need of
+    "no log": without("log"),
+    "a list of a log": lambda x: x.update(log=[1]),
+    "no optimiser": lambda x: x["learner"].pop("optimizer"),
+    "an empty process": lambda x: x.update(processes={0: {}}),
+    "another process": lambda x: x.update(processes={1: x["processes"][0]}),
+    "no rollouts": lambda x: x["processes"][0].pop("buffer"),
+    "a buffer of another size": lambda x: x["processes"][0]["buffer"].update(
+        tokens=am.each(lambda y: torch.zeros(7, 7), x["processes"][0]["buffer"]["tokens"])),
+    "random numbers of nobody": lambda x: x["processes"][0].update(rng="{}"),
+}
+
+
+def test_wrong_parts_of_a_checkpoint(capsys):
+    """Catches a traceback for a file that torch reads, with our version in it, but in which
+    something else lies: another program's, or that of a run which was edited by hand."""
+    assert am.main(train(POLE, 60, "--out", "run")) == 0
+    good = pathlib.Path("run/checkpoint.pt").read_bytes()
+    for name, spoil in {**WRONG_PARTS, **ONLY_RESUME}.items():
+        pathlib.Path("run/checkpoint.pt").write_bytes(good)
+        state = saved("run")
+        spoil(state)
+        torch.save(state, "run/checkpoint.pt")
+        before = contents(".")
+        for flag in ("--resume",) if name in ONLY_RESUME else ("--resume", "--eval"):
+            capsys.readouterr()
+            assert am.main([flag, "run"]) == 2, name
+            message = one_line(capsys.readouterr().err)
+            assert "run/checkpoint.pt is damaged, or no checkpoint" in message, name
+            assert contents(".") == before, name
+
+
 def test_a_checkpoint_that_does_not_fit(monkeypatch, capsys):
     """Catches a run that goes on with other spaces, without its environment or with another number
     of processes, and one that is not resumed on a machine without the device that it names."""
@@ -483,6 +543,17 @@ def test_what_may_change_on_resume(monkeypatch, capsys):
     state = saved("run")
     assert state["env_steps"] == 60 and state["config"]["episodes"] == 3
     assert state["config"]["batch"] == 4                  # not given a second time, not forgotten
+
+
+def test_what_stays_the_same_may_be_said_again(monkeypatch, capsys):
+    """Catches a complaint about an option that has the run's own value, written as people do."""
+    use(monkeypatch, Choice)
+    assert am.main(train("probe", 30, "--out", "run", "--gammas", "0.5", "0.9")) == 0
+    same = "--lr 0 --gammas .5 .90 --size nano --weight-decay 1e-3 --no-hide-plan --batch 4e0"
+    assert am.main(["--resume", "run", "--env-steps", "33", *same.split()]) == 0
+    assert saved("run")["env_steps"] == 33
+    assert am.main(["--resume", "run", "--env-steps", "33", "--lr", "1e-3"]) == 0
+    assert am.main(["--resume", "run", "--env-steps", "33", "--lr", "2e-3"]) == 2
 
 
 @pytest.mark.parametrize("goal", ["none", "0.5"])
@@ -658,6 +729,14 @@ def test_two_processes_are_one_run(tmp_path):
     a, b = ({generator["state"]["inc"] for *_, generator in json.loads(x["collector"]["envs"])}
             for x in (a, b))
     assert len(a) == len(b) == 3 and not a & b
+
+
+@pytest.mark.parametrize("argv", [["--size", "smal"], train("popgim:X", 300)], ids=["size", "env"])
+def test_a_job_complains_once(argv):
+    """Catches one line of an error of usage for every process of a job, and silence."""
+    assert ranks(lambda _: am.main(argv)) == [2, 2]
+    assert "nearest" in one_line(pathlib.Path("rank0.err").read_text())
+    assert pathlib.Path("rank1.err").read_text() == "" and os.listdir("rank0") == []
 
 
 @pytest.mark.parametrize("how", ["dies", "breaks"])
