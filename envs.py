@@ -2883,8 +2883,10 @@ class Parser(argparse.ArgumentParser):
         missing = re.match(r"argument (--[a-z-]+): expected", message)
         if missing:
             action = flags[missing[1]]
-            default = " ".join(map(str, np.atleast_1d(action.default)))
-            value = action.metavar if "|" in action.metavar else default or action.metavar
+            default = " ".join(map(str, np.atleast_1d("" if action.default is None
+                                                      else action.default)))
+            kind = action.metavar or action.dest.upper()
+            value = kind if "|" in kind else default or kind
             message += f"; such as {missing[1]} {value}"
         raise UsageError(message)
 
@@ -2960,8 +2962,8 @@ def blame(path):
 
 def exit_code(program, work, lost=lambda problem: False):
     """work() -> exit code: 0 done, 1 the run broke (state saved), 2 bad arguments, 130 Ctrl-C
-    (saved); what went wrong is one line on stderr. lost(problem): whether it is that another process
-    of this job ended."""
+    (saved); what went wrong is one line on stderr. lost(problem): whether it is that another
+    process of this job ended."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0     # of several processes of this machine
     try:
         work()
@@ -3155,12 +3157,12 @@ def print_table():
 
 def main(arguments=None):
     """-> exit code: 0 done, 2 bad arguments, 130 Ctrl-C."""
-    parser = Parser(prog="envs.py", allow_abbrev=False,
+    parser = Parser(prog="envs.py",
                     description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
     parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
     parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
-    parser.add_argument("--seed", type=int, help="of the episode to play")
+    parser.add_argument("--seed", type=whole_number, help="of the episode to play")
     try:
         options = parser.parse_args(arguments)
         given = {} if options.instruction is None else {"instruction": options.instruction}

@@ -313,8 +313,8 @@ def test_the_default_folder_has_a_name_that_can_be_typed(monkeypatch):
 
 @pytest.mark.parametrize("problem", [
     MemoryError("Unable to allocate 9 TiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0.\nDefaultCPUAllocator: can't allocate"
-                 " memory: you tried to allocate 400 bytes."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0.\nDefaultCPUAllocator: can't allo"
+                 "cate memory: you tried to allocate 400 bytes."),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")], ids=repr)
 @pytest.mark.parametrize("where, code", [("Learner.__init__", 2), ("Learner.update", 1)])
 def test_too_little_memory(problem, where, code, monkeypatch, capsys):

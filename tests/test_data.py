@@ -456,7 +456,7 @@ def test_as_many_episodes_as_asked(episodes, monkeypatch):
     monkeypatch.setattr(am.Collector, "receive", lambda self: (
         played.append(receive(self)), played[-1])[1])
     assert am.evaluate(agent, "probe", episodes, max_envs=32)["episodes"] == episodes
-    last = [i for i, _ in played[-1]]                     # the last one is waited for, long or short
+    last = [i for i, _ in played[-1]]                # the last one is waited for, long or short
     assert max(last) < episodes
 
 
