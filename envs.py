@@ -290,7 +290,7 @@ def complaint(space, observation):
             part_encoder(part)(value)
         except Exception:  # whatever numpy and Python raise for what users may return
             shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
-            right = (f"{part.dtype} of shape {part.shape}, at most {LARGEST:g} in size"
+            right = (f"{part.dtype} of shape {part.shape}, finite, at most {LARGEST:g}"
                      if isinstance(part, spaces.Box) else f"in {one_line(part)}")
             return f"{name} is {one_line(repr(value))}{shape}, not {right}"
     return None
