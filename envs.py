@@ -2981,8 +2981,7 @@ def print_table():
 
 def main(arguments=None):
     """-> exit code: 0 done, 2 bad arguments, 130 Ctrl-C."""
-    parser = Parser(prog="envs.py", allow_abbrev=False,
-                    description="The table of all environments, or one's card.")
+    parser = Parser(prog="envs.py", description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
     parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
     parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
