@@ -306,7 +306,7 @@ def complaint(space, observation):
             part_encoder(part)(value)
         except Exception:  # whatever numpy and Python raise for what users may return
             shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
-            right = (f"{part.dtype} of shape {part.shape}, at most {LARGEST:g} in size"
+            right = (f"{part.dtype} of shape {part.shape}, finite, at most {LARGEST:g}"
                      if isinstance(part, spaces.Box) else f"in {one_line(part)}")
             return f"{name} is {one_line(repr(value))}{shape}, not {right}"
     return None
@@ -3157,8 +3157,7 @@ def print_table():
 
 def main(arguments=None):
     """-> exit code: 0 done, 2 bad arguments, 130 Ctrl-C."""
-    parser = Parser(prog="envs.py",
-                    description="The table of all environments, or one's card.")
+    parser = Parser(prog="envs.py", description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
     parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
     parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
