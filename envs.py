@@ -3159,9 +3159,10 @@ def main(arguments=None):
     """-> exit code: 0 done, 2 bad arguments, 130 Ctrl-C."""
     parser = Parser(prog="envs.py", description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
-    parser.add_argument("--instruction", help='for example "travel to (1, 1), travel to (3, 5)"')
+    parser.add_argument("--instruction", metavar="TEXT", help="for example 'go to (1, 1), go to "
+                        "(3, 5)'")
     parser.add_argument("--play", action="store_true", help="play it yourself, with the keyboard")
-    parser.add_argument("--seed", type=whole_number, help="of the episode to play")
+    parser.add_argument("--seed", type=whole_number, metavar="INT", help="of the episode to play")
     try:
         options = parser.parse_args(arguments)
         given = {} if options.instruction is None else {"instruction": options.instruction}

@@ -1018,6 +1018,7 @@ def test_play(monkeypatch, capsys):
     (["maze:7x7", "--pley"], "unknown option --pley; nearest: --play"),
     (["maze:7x7", "--seed", "x"], "--seed: invalid int value: 'x'"),
     (["maze:7x7", "--seed", "-1", "--play"], "--seed -1"), (["maze:7x7", "word"], "word"),
+    (["maze:7x7", "--play", "--seed"], "--seed"), (["maze:7x7", "--instruction"], "--instruction"),
     (["wind:", "--play"], "no keys"), (["--play"], "need the name"), (["maze:7"], "maze:9x9")])
 def test_mistakes_on_the_command_line(monkeypatch, capsys, arguments, fragment):
     code, out, err = run(monkeypatch, capsys, arguments)
