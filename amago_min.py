@@ -1139,8 +1139,8 @@ class Collector:
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise
     -> the dict that `summary` in envs.py explains, its success NaN where none is reported.
-    Each environment plays a number of episodes fixed beforehand: counting those that end first
-    would favour short ones. Same seed, same result; training's randomness is kept.
+    How many each environment plays is fixed beforehand: counting those that end first would favour
+    short ones. Same seed, same result; training's randomness is kept.
     """
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()

@@ -2673,12 +2673,12 @@ def progress_bar(total, shown=True, **more):
 
 
 def say(text):
-    """A line on the console, above the progress bar. When the reader has gone, as in `| head -1`,
-    all that follows is dropped and the run goes on."""
+    """A line on the console, above the progress bar. When it cannot be written, as the reader has
+    gone in `| head -1`, all that follows is dropped and the run goes on."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
