@@ -1016,7 +1016,7 @@ def test_play(monkeypatch, capsys):
     (["maze:7x7", "--instruction", "travel to (9, 9)"], "(9, 9) is not inside maze:7x7"),
     (["popgym:RepeatFirst", "--instruction", "travel to (9, 9)"], "'instruction'"),
     (["maze:7x7", "--pley"], "unknown option --pley; nearest: --play"),
-    (["maze:7x7", "--seed", "x"], "--seed: invalid int value: 'x'"),
+    (["maze:7x7", "--seed", "x"], "--seed: 'x' is not a whole number"),
     (["maze:7x7", "--seed", "-1", "--play"], "--seed -1"), (["maze:7x7", "word"], "word"),
     (["maze:7x7", "--play", "--seed"], "--seed"), (["maze:7x7", "--instruction"], "--instruction"),
     (["wind:", "--play"], "no keys"), (["--play"], "need the name"), (["maze:7"], "maze:9x9")])
