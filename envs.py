@@ -2677,7 +2677,7 @@ def say(text):
     gone in `| head -1`, all that follows is dropped and the run goes on."""
     try:
         tqdm.write(text)
-        sys.stdout.flush()
+        print(end="", flush=True)    # unlike sys.stdout.flush(), also where there is no stdout
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,5 +1,6 @@
 """The command line: what a run leaves behind; bad input, environments that break, Ctrl-C."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -603,6 +604,12 @@ def test_a_reader_that_goes_away(tmp_path):
     error = run.stderr.read()
     assert (run.wait(60), error) == (0, b"")
     assert rows_of(tmp_path / "run")[-1][0] == "200" and saved(tmp_path / "run")["env_steps"] == 200
+
+
+def test_a_line_where_there_is_no_console():
+    """Catches a crash in a notebook that silences a run with redirect_stdout(None)."""
+    with contextlib.redirect_stdout(None):
+        am.say("nobody hears this")
 
 
 class Terminal(io.StringIO):
