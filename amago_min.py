@@ -105,7 +105,8 @@ class Config:
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
     explore_steps: int = option(200_000, "env steps over which exploration noise fades", low=1)
-    context: int = option(1024, "longest rollout to learn from; of longer ones, a slice", low=1)
+    context: int = option(1024, "longest rollout to learn from, and to remember while acting; of"
+                         " longer ones, a random slice is learned", low=1)
     relabel: str = option("auto", "hindsight goals: none, a random number (some) or all of those"
                           " that can be; auto = some, where there are instructions",
                           choices=("auto", "none", "some", "all"))
@@ -212,7 +213,9 @@ class KVCache:
         env 0   [ k0   k1   k2   --- ]           3       --- = not written: NaN, masked out
         env 1   [ k4   k5   k2   k3  ]           6       4 slots: k4 and k5 replaced k0 and k1
 
-    Unwritten keys are NaN so that a mistake in the mask is loud; values are 0, as 0 NaN is NaN.
+    Unwritten keys are NaN so that a mistake in the mask is loud; values start at 0 and stay finite,
+    as 0 NaN is NaN. For every token: `attention(x, cache=cache, layer=i)` in each layer i, whose x
+    is (N, 1, D), then `cache.end_step(ended)` once.
 
     keys, values: (layers, N, H, context, d_head); length: (N,) numpy, tokens since the reset.
     """
@@ -259,7 +262,10 @@ def rotate(x, cos, sin):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal attention with a learned scale per head [3]: o_h <- s_h softmax(q k') v."""
+    """Multi-head causal attention with a learned scale per head [3].
+
+        o_h = s_h softmax(q k' / sqrt(d)) v
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -270,6 +276,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, layer=0, window=None):
         """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
+        rotation: cos and sin of rotate, each (B, 1, T, d / 2).
         window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
@@ -277,7 +284,7 @@ class CausalAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            if x.device.type == "cpu":                   # there bfloat16 is five times slower
+            if x.device.type == "cpu":                   # there bfloat16 is 2 to 18 times slower
                 q, k, v = q.float(), k.float(), v.float()
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
@@ -556,6 +563,8 @@ class PopArt(nn.Module):
                              b <- (std_old b + mean_old - mean_new) / std_new
         so that denormalize(w x + b) is the same number before and after.
 
+    In an update: y = r + gamma denormalize(popart(target q)), then update(y), then the loss between
+    popart(q) and normalize(y); at last w and b may move into the network, see Agent.fold_popart.
     mean and std are running ones per gamma (weights as in RunningNorm), of real steps only. Before
     the first update std is at its floor: all values count as 0, so the first targets are rewards.
     Here it keeps critic and actor losses at a fixed ratio, so that no reward scale needs tuning.
@@ -940,8 +949,8 @@ class ReplayBuffer:
 #    do that. So pretend that it was asked for: replace goals that were missed by goals that were
 #    met, in the order in which they were, and replay the rollout under the new instruction.
 def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
-    """Algorithm 1 -> a new Trajectory; the one given is not touched, and comes back as it is when
-    there is nothing to relabel. Step t of it reached the goals trajectory.achieved[t].
+    """Algorithm 1 -> a new Trajectory, or the one given, never touched, if nothing is to be done.
+    Step t reached the goals achieved[t] (first word 0 = none); a reward is there if one counted.
 
     reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
     show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
@@ -996,7 +1005,7 @@ class Exploration:
 
     e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades over
     training and within a rollout, whose late steps need an early part that was played well. A late
-    b tries something new there, with all before it played well: without it, T-Mazes stay unsolved.
+    b tries something new there, with all before it played well, which a T-Maze cannot do without.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
     """
 
@@ -1136,11 +1145,11 @@ class Collector:
             self.envs.call("restore", json.loads(state["envs"]))
 
 
-def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
+def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambda: False):
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise
     -> the dict that `summary` in envs.py explains, its success NaN where none is reported.
     How many each environment plays is fixed beforehand: counting those that end first would favour
-    short ones. Same seed, same result; training's randomness is kept.
+    short ones. Same seed, same result; training's randomness is kept. None if stop() came true.
     """
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
@@ -1151,14 +1160,14 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32):
         # For those who have waited for 3 s; it is full if no episode ends early.
         with environments.progress_bar(left.max() * agent.spec.horizon, process_rank() == 0,
                                        delay=3) as bar:
-            while left.max() > 0:
+            while left.max() > 0 and not stop():
                 for i, trajectory in collector.step():
                     if left[i] > 0:
                         played.append(trajectory)
                     left[i] -= 1
                 bar.update()
     agent.train(was_training)
-    return environments.summary(played)
+    return environments.summary(played) if left.max() <= 0 else None
 
 
 # ==================================================================================================
@@ -1312,7 +1321,9 @@ def train(config, saved=None):
             over = steps >= config.env_steps or log.reached_goal()
             if over or steps >= log.next_eval:
                 score = evaluate(learner.average, config.env, config.episodes, config.context,
-                                 eval_seed)                   # the same in every process
+                                 eval_seed, stop=caught.is_set)        # alike in every process
+                if sum_over_ranks(caught.is_set()):
+                    break
                 log.row(score, steps, learner.updates)
                 if sum_over_ranks(over or log.reached_goal()):
                     return log.folder

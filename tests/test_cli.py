@@ -571,6 +571,29 @@ def test_control_c_saves_and_exits_130(tmp_path):
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+def test_control_c_does_not_wait_for_an_evaluation(monkeypatch, tmp_path):
+    """Catches an evaluation that is played to its end, which may take long, after Ctrl-C, and a row
+    made of the part that was played; resumed, the run evaluates first and goes on as if nothing
+    had been."""
+    use(monkeypatch, Choice)
+    options = ["--env", "probe", "--env-steps", "120", "--eval-every", "40", *SMALL]
+    assert am.main([*options, "--out", "whole"]) == 0
+    evaluate, step, calls = am.evaluate, am.Collector.step, []
+
+    def interrupted(self):
+        calls[-1] += 1
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+    monkeypatch.setattr(am, "evaluate", lambda *a, **k: calls.append(0) or evaluate(*a, **k))
+    monkeypatch.setattr(am.Collector, "step", interrupted)
+    assert am.main([*options, "--out", "run"]) == 130
+    assert len(rows_of(tmp_path / "run")) == 2 and calls[1] == 1          # a header, one row
+    assert am.main(["--resume", "run"]) == 0
+    assert [row[3:6] for row in rows_of(tmp_path / "run")] == [
+        row[3:6] for row in rows_of(tmp_path / "whole")]
+
+
 def test_control_c_waits_for_the_end_of_the_update(monkeypatch, tmp_path):
     """Catches an interrupt between the optimiser's step and the targets': weights saved by a run
     that was interrupted in its third update are those after it."""

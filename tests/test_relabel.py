@@ -516,7 +516,7 @@ def test_training_relabels_as_asked(monkeypatch, tmp_path, options, expected):
         finished.extend(trajectory for _, trajectory in out)
         return out
     monkeypatch.setattr(am, "relabel", record)
-    monkeypatch.setattr(am, "evaluate", lambda *args: dict(
+    monkeypatch.setattr(am, "evaluate", lambda *args, **_: dict(
         return_mean=0., return_std=0., success=0., episodes=1, inner_returns=[0.],
         goals=[]))
     monkeypatch.setattr(am.Collector, "receive", count)

@@ -561,7 +561,7 @@ def test_a_finished_run_stays_as_it_is(goal, monkeypatch):
     """Catches a row, a step or an update too many, after a run that ended at its last step and
     after one that reached its goal."""
     use(monkeypatch, Choice)
-    monkeypatch.setattr(am, "evaluate", lambda agent, *_, real=am.evaluate: dict(
+    monkeypatch.setattr(am, "evaluate", lambda agent, *_, real=am.evaluate, **__: dict(
         real(agent, *_), return_mean=float(agent.popart.count > 0)))
     assert am.main(train("probe", 90, "--target-return", goal, "--out", "run")) == 0
     before, state = contents("run"), saved("run")
