@@ -423,7 +423,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      CLI + "a_loss_that_is_not_finite_stops_the_run"),
     ("a bad batch spoils saved statistics", AMAGO,
      "torch._foreach_copy_(list(self.agent.buffers()), before)", "pass",
-     CLI + "an_explosion_leaves_the_last_good_state"),
+     CLI + "a_loss_that_is_not_finite_stops_the_run"),
     ("NaN is a valid option", "envs.py",
      'not rule["low"] <= x <= rule["high"]:', '(x < rule["low"] or x > rule["high"]):',
      CLI + "bad_arguments[--lr nan]"),

@@ -487,7 +487,8 @@ def until_broken(monkeypatch, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, tmp_path):
-    """Catches training on after NaN, and a checkpoint that the last batch has spoiled."""
+    """Catches training on after NaN, and a checkpoint that the last batch has spoiled: its weights,
+    or statistics alone (PopArt's, the encoder's, sigma's u and v)."""
     use(monkeypatch, Choice)
     loss, calls = am.Agent.loss, []
 
@@ -512,14 +513,14 @@ class Explosive(Choice):
         return 1e30 if Explosive.rollouts > 50 else 1
 
 
-def test_an_explosion_leaves_the_last_good_state(monkeypatch, capsys, tmp_path):
-    """Catches statistics (PopArt's, the encoder's, sigma's u and v) that the bad batch has spoiled
-    although the weights are those from before it."""
+def test_a_reward_too_large_to_square_is_named(monkeypatch, capsys, tmp_path):
+    """Catches a reward that reaches the buffer and makes the statistics infinite; the agent that is
+    saved is the one from before it."""
     monkeypatch.setattr(Explosive, "rollouts", 0)
     use(monkeypatch, Explosive)
     code, state, states = until_broken(monkeypatch, tmp_path)
     message = one_line(capsys)
-    assert code == 1 and "1e+30" in message and len(states) == state["learner"]["updates"] > 0
+    assert code == 1 and "the reward is 1e+30" in message and len(states) == state["learner"]["updates"] > 0
     assert finite(state)
     assert all(torch.equal(state["learner"]["agent"][name], x) for name, x in states[-1].items())
 
