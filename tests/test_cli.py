@@ -576,7 +576,7 @@ def test_control_c_does_not_wait_for_an_evaluation(monkeypatch, tmp_path):
     """Catches an evaluation that is played to its end, which may take long, after Ctrl-C, and a row
     made of the part that was played; resumed, the run evaluates first and goes on as if nothing
     had been."""
-    use(monkeypatch, Choice)
+    use(monkeypatch, Choice, horizon=6)
     options = ["--env", "probe", "--env-steps", "120", "--eval-every", "40", *SMALL]
     assert am.main([*options, "--out", "whole"]) == 0
     evaluate, step, calls = am.evaluate, am.Collector.step, []
