@@ -321,7 +321,7 @@ def action_decoder(space):
         return spaces.Discrete(space.n), functools.partial(decode_discrete, table)
     if isinstance(space, spaces.MultiDiscrete):
         uniform = spaces.MultiDiscrete(space.nvec.ravel())
-        return uniform, functools.partial(decode_many, space.start)
+        return uniform, functools.partial(decode_many, uniform.nvec, space.start)
     floats = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if not floats or len(space.shape) != 1 or not space.is_bounded():
         raise ValueError(f"actions of type {type(space).__name__}{space.shape} are not supported; "
@@ -332,19 +332,26 @@ def action_decoder(space):
 
 
 def decode_discrete(table, action):
-    """Number -> the raw env's number; KeyError if it is not an action."""
+    """Number -> the raw env's number; KeyError or TypeError if it is not an action."""
     return table[action.item() if isinstance(action, np.ndarray) else action]
 
 
-def decode_many(start, action):
-    """Numbers counted from 0 -> in the shape and from the start that the raw env has."""
-    return np.asarray(action, dtype=np.int64).reshape(start.shape) + start
+def decode_many(nvec, start, action):
+    """Numbers counted from 0 -> in the shape and from the start that the raw env has; ValueError,
+    or TypeError if one is not below its nvec."""
+    action = np.asarray(action, dtype=np.int64).ravel()
+    if len(action) != len(nvec) or (action < 0).any() or (action >= nvec).any():
+        raise ValueError
+    return action.reshape(start.shape) + start
 
 
 def decode_box(low, high, dtype, action):
-    """From [-1, 1], cut off there, to [low, high]."""
+    """From [-1, 1], cut off there, to [low, high]; ValueError or TypeError for other shapes."""
+    action = np.asarray(action, dtype=np.float64)
+    if action.shape != low.shape or np.isnan(action).any():
+        raise ValueError
     # the two-sided form hits both bounds exactly; low + part * (high - low) may miss one by an ulp
-    part = np.minimum(np.maximum(np.asarray(action, dtype=np.float64), -1.0), 1.0) * 0.5 + 0.5
+    part = np.minimum(np.maximum(action, -1.0), 1.0) * 0.5 + 0.5
     return (low * (1.0 - part) + high * part).astype(dtype)
 
 
@@ -397,7 +404,12 @@ class Adapter(Seeded):
         return self.inner.reset(seed=seed, options=options)
 
     def step(self, action):
-        observation, reward, terminated, truncated, info = self.inner.step(self._decode(action))
+        try:
+            raw_action = self._decode(action)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{self.name}: action {one_line(repr(action))} is not in"
+                             f" {self.action_space}") from None
+        observation, reward, terminated, truncated, info = self.inner.step(raw_action)
         self.time += 1
         truncated = bool(truncated) or self.time >= self._limit
         try:

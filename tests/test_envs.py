@@ -227,14 +227,25 @@ def test_integer_actions_count_from_zero_and_arrive_plain():
     for action in (2, np.int64(2), np.array(2), np.array([2])):
         env.step(action)
         assert raw.action == 1 and type(raw.action) is int
-    for wrong in (-1, 3):  # -1 must not mean the last one
-        with pytest.raises(KeyError):
-            env.step(wrong)
     raw = Recorder(spaces.MultiDiscrete([[2, 3]], start=[[0, 5]]))
     env = envs.Adapter(raw, "test", 10)
     assert env.action_space == spaces.MultiDiscrete([2, 3])
     env.step([1, 2])
     same(raw.action, [[1, 7]])
+
+
+@pytest.mark.parametrize("space, wrongs", [
+    (spaces.Discrete(3), (-1, 3, 1.5, "1", None, [1])),      # -1 must not mean the last one
+    (spaces.MultiDiscrete([2, 3]), ([1, 3], [-1, 0], [1], 1, "1", None)),
+    (spaces.Box(-2, 2, (2,)), ([0, np.nan], [0], 0, "up", None))], ids=str)
+def test_an_action_outside_the_space_changes_nothing(space, wrongs):
+    """Catches an action that is bent until it fits, and a traceback from inside."""
+    raw = Recorder(space)
+    env = envs.Adapter(raw, "test", 10)
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"^test: action .* is not in (Multi)?(Discrete|Box)"):
+            env.step(wrong)
+    assert env.time == 0 and not hasattr(raw, "action")
 
 
 @pytest.mark.parametrize("space, count", [
