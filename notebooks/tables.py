@@ -19,9 +19,9 @@ from envs import UsageError  # noqa: E402 (after the path)
 from notebooks import plots  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Runs of these commits began to explore at the first step of every rollout; later ones in half of
-# the rollouts only. In the tables they have a star.
-BEFORE_LATE_NOISE = ("dfcdd00", "ba40cfc", "36f03bf")
+# Runs of these commits were made before attention began sharper, see CausalAttention. They have a
+# star in the tables.
+EARLIER = ("305775d", "36f03bf", "398604f", "5f12ac0", "9512566", "ba40cfc", "dfcdd00", "f042dc4")
 
 
 def runs_in(*folders):
@@ -59,9 +59,9 @@ def minutes(seconds):
 
 def env_of(curve):
     """Its canonical name, without 'popgym:', options that are not at their defaults, and a star on
-    an early run."""
+    a run with the earlier default."""
     name = plots.look_up(curve.options["env"])[0].removeprefix("popgym:")
-    star = " *" * curve.options.get("commit", "").startswith(BEFORE_LATE_NOISE)
+    star = " *" * curve.options.get("commit", "").startswith(EARLIER)
     return ", ".join([name, *plots.departures(curve.options).values()]) + star
 
 

@@ -37,7 +37,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      NETWORK + "gradient_reaches_the_weight_through_sigma"),
     ("attention begins as a mean", AMAGO,
      "nn.init.constant_(self.qkv.gamma, 3.0)", "nn.init.constant_(self.qkv.gamma, 1.0)",
-     NETWORK + "a_fresh_head_looks_at_the_unusual_token"),
+     NETWORK + "fresh_heads_are_sharp_enough_for_one_token_of_a_hundred"),
     ("power iteration in eval mode", AMAGO,
      "        if self.training:\n            with torch.no_grad():\n                u =",
      "        if True:\n            with torch.no_grad():\n                u =",
