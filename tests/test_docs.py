@@ -79,7 +79,7 @@ def test_readme_has_the_table(name):
 @needs_readme
 def test_readme_has_the_tables_that_it_must_have():
     """Catches a marker that was lost, and with it the test above."""
-    assert {"options", "columns", "popgym", "positions", "worlds"} <= set(HERE)
+    assert {"options", "columns", "popgym", "positions", "worlds", "ablations"} <= set(HERE)
 
 
 def write_run(folder, rows, **options):

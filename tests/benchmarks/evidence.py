@@ -30,14 +30,14 @@ ARMS = {"full": "", "no-relabeling": "--relabel none", "one-gamma": "--gammas .9
 ARM_SEEDS = [(arm, seed) for seed in range(3) for arm in ARMS
              if seed == 0 or arm in ("full", "no-relabeling")]
 TASKS = {"delivery": "--env delivery:30 --env-steps 500000",
-         "maze": "--env maze:11x11?goals=3 --env-steps 500000"}
+         "maze": "--env maze:11x11?goals=3 --env-steps 300000"}
 JOBS = {
-    **{f"worlds/tmaze-100-{seed}": f"--env tmaze:100 --seed {seed}" for seed in range(2)},
+    **{f"worlds/tmaze-100-{seed}": f"--env tmaze:100 --seed {seed}" for seed in range(3)},
     "worlds/maze-7x7-goals-1-0": "--env maze:7x7?goals=1 --env-steps 300000 --target-return .98",
     "worlds/maze-7x7-goals-2-0": "--env maze:7x7?goals=2 --env-steps 500000 --target-return 1.46",
     "worlds/wind-0": "--env wind: --env-steps 1500000",
     "worlds/darkkey-5x5-0": "--env darkkey:5x5 --env-steps 1500000",
-    "worlds/darkkey-9x9-0": "--env darkkey:9x9 --env-steps 2000000",
+    "worlds/darkkey-9x9-0": "--env darkkey:9x9 --env-steps 1200000 --buffer-steps 100000",
     "worlds/maze-15x15-0": "--env maze:15x15 --env-steps 800000",
     "worlds/crafter-undirected-0": "--env crafter:undirected --env-steps 2000000",
     "worlds/cheetah-vel-0": "--env cheetah:vel --env-steps 1200000",
