@@ -271,7 +271,7 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = SigmaLinear(width, 3 * width, bias=False)
-        # At gamma = 1 the scores of random tokens vary by .13: a fresh head takes a mean of the past,
+        # At gamma = 1 scores of random tokens vary by .13: a fresh head takes a mean of the past,
         # in which one token of a hundred is lost. At 3 by 1.2: some head looks at the unusual one.
         nn.init.constant_(self.qkv.gamma, 3.0)
         self.out = SigmaLinear(width, width)
