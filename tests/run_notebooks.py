@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -77,29 +78,35 @@ def execute(path, smoke):
     return notebook, time.perf_counter() - began
 
 
+def run(path, write):
+    """Execute one notebook, save it if asked to; says on a line how it went, returns if it is bad."""
+    try:
+        notebook, seconds = execute(path, smoke=not write)
+    except (CellExecutionError, CellTimeoutError) as error:
+        print(f"{path.name}: FAILED\n{error}", flush=True)
+        return True
+    if write:
+        nbformat.write(notebook, path)
+    wrong = faults(path)
+    said = [o.text for cell in code_cells(notebook) for o in cell.outputs
+            if o.get("name") == "stderr"]
+    wrong += [f"on stderr: {text.strip()}" for text in said if "Warning" in text]
+    if write and seconds > MOST_SECONDS:
+        wrong.append(f"took {seconds:.0f} s, at most {MOST_SECONDS}")
+    print(f"{path.name}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)", flush=True)
+    return bool(wrong)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="numbers of notebooks, such as 03; all if none")
     parser.add_argument("--write", action="store_true", help="in full, and save the outputs")
-    options, bad = parser.parse_args(), 0
-    for path in paths(options.words) or sys.exit("tests/run_notebooks.py: no such notebook"):
-        try:
-            notebook, seconds = execute(path, smoke=not options.write)
-        except (CellExecutionError, CellTimeoutError) as error:
-            print(f"{path.name}: FAILED\n{error}")
-            bad += 1
-            continue
-        if options.write:
-            nbformat.write(notebook, path)
-        wrong = faults(path)
-        said = [o.text for cell in code_cells(notebook) for o in cell.outputs
-                if o.get("name") == "stderr"]
-        wrong += [f"on stderr: {text.strip()}" for text in said if "Warning" in text]
-        if options.write and seconds > MOST_SECONDS:
-            wrong.append(f"took {seconds:.0f} s, at most {MOST_SECONDS}")
-        bad += bool(wrong)
-        print(f"{path.name}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)", flush=True)
-    return 1 if bad else 0
+    options = parser.parse_args()
+    found = paths(options.words) or sys.exit("tests/run_notebooks.py: no such notebook")
+    # Side by side, but for those to be saved, whose seconds are shown.
+    with ThreadPoolExecutor(1 if options.write else os.cpu_count()) as pool:
+        bad = list(pool.map(lambda path: run(path, options.write), found))
+    return int(any(bad))
 
 
 if __name__ == "__main__":
