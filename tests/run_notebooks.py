@@ -79,7 +79,7 @@ def execute(path, smoke):
 
 
 def run(path, write):
-    """Execute one notebook, save it if asked to; says on a line how it went, returns if it is bad."""
+    """Execute one notebook and, if asked to, save it; print how it went, return if it is bad."""
     try:
         notebook, seconds = execute(path, smoke=not write)
     except (CellExecutionError, CellTimeoutError) as error:
