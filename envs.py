@@ -2536,6 +2536,14 @@ COLUMNS = {
 }
 
 
+def in_column(x, width, how):
+    """A number of the table, with a blank before it: where it is too long, with fewer decimals."""
+    if math.isnan(x):
+        return "-".rjust(width)
+    texts = [format(x, form) for form in (how, ".1f", ".0f", ".1e", ".0e")]
+    return next((text for text in texts if len(text) < width), texts[-1]).rjust(width)
+
+
 class Log:
     """The files of one run, and the table on the console. Nothing is written before it is made."""
 
@@ -2639,10 +2647,8 @@ class Log:
         if self.writes:
             with report_disk_trouble():
                 self.csv()
-            cells = ((row.get(name, math.nan), how, width) for name, (_, width, how, _)
-                     in COLUMNS.items())
-            say("".join(("-" if math.isnan(x) else format(x, how)).rjust(width)
-                        for x, how, width in cells))
+            say("".join(in_column(row.get(name, math.nan), width, how)
+                        for name, (_, width, how, _) in COLUMNS.items()))
 
     def finish(self):
         """eval.json and curve.png from the rows so far, and a last line that says where."""

@@ -637,6 +637,16 @@ def test_a_line_where_there_is_no_console():
         am.say("nobody hears this")
 
 
+@pytest.mark.parametrize("x, width, how, text", [
+    (0.12345, 8, ".3f", "   0.123"), (-938.078, 8, ".3f", "  -938.1"),
+    (-12345.6, 7, ".3f", " -12346"), (123456789.0, 8, ".3f", " 1.2e+08"),
+    (1234567.0, 11, ",.0f", "  1,234,567"), (-1e-9, 7, ".2f", "  -0.00"),
+    (float("nan"), 7, ".2f", "      -"), (float("-inf"), 7, ".2f", "   -inf")])
+def test_a_long_number_does_not_touch_its_neighbour(x, width, how, text):
+    """Catches `-882.225530.568`, return and deviation of a task with large rewards."""
+    assert am.environments.in_column(x, width, how) == text
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
