@@ -2841,6 +2841,13 @@ def check_options_of(config):
             check_value(flag, value, field.default, rule)
 
 
+def check_compiler():
+    """UsageError if there is no C++ compiler for torch.compile."""
+    if not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise UsageError(f"--compile needs a C++ compiler, and {compiler} is not here; install it,"
+                         " or name another in the environment variable CXX")
+
+
 KINDS = {bool: (bool, "on or off"), int: (numbers.Integral, "a whole number"),
          float: (numbers.Real, "a number"), str: (str, "text")}
 

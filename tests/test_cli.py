@@ -347,6 +347,16 @@ def test_a_missing_package_comes_with_its_command(evaluating, monkeypatch, capsy
     assert "pip install popgym==" in one_line(capsys) and contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("compiler", ["g++", "no-such-c++"])
+def test_compiling_needs_a_compiler(compiler, monkeypatch, capsys, tmp_path):
+    """Catches a page of torch's own words in the first update, after the folder was written."""
+    monkeypatch.setattr(am.environments.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", compiler)
+    assert am.main(["--compile", "--out", "run"]) == 2
+    message = one_line(capsys)
+    assert "--compile" in message and compiler in message and contents(tmp_path) == {}
+
+
 def test_exit_code_of_the_program():
     """Catches an exit code that never leaves Python."""
     run = subprocess.run([sys.executable, PROGRAM, "--size", "smal"], capture_output=True,

@@ -31,6 +31,24 @@ def test_critics_fit_one_batch(monkeypatch, kind):
     assert max(losses[-10:]) < losses[0] / 50
 
 
+@pytest.mark.parametrize("kind", [Memory, Choice1d], ids=["discrete", "continuous"])
+def test_a_compiled_loss_is_the_same_loss(monkeypatch, kind):
+    """Catches a loss that torch.compile cannot take in one piece, for batches of any length. What
+    it makes of that piece, which takes a minute, is torch's own and left out."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(
+        self, backend="eager", fullgraph=True, dynamic=True))
+    env = use(monkeypatch, kind, horizon=20)
+    plain, fast = (Run(env, compile=flag).act(21) for flag in (False, True))
+    assert fast.agent._compiled_call_impl and not fast.learner.average._compiled_call_impl
+    for length in (20, 15):
+        batch, seen = plain.sample(5, length), []
+        for run in (plain, fast):
+            torch.manual_seed(0)
+            seen.append({name: x.item() for name, x in run.learner.update(batch).items()})
+        assert seen[0] == pytest.approx(seen[1], rel=1e-4, abs=1e-5)
+
+
 def test_cloning_alone_imitates_the_better_half(monkeypatch):
     """Catches a cloning loss with the wrong sign, action or filter: half of the random play in
     this fixed buffer is paid 1, the other half -1."""
