@@ -19,9 +19,10 @@ from envs import UsageError  # noqa: E402 (after the path)
 from notebooks import plots  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Runs of these commits were made before attention began sharper, see CausalAttention. They have a
-# star in the tables.
-EARLIER = ("305775d", "36f03bf", "398604f", "5f12ac0", "9512566", "ba40cfc", "dfcdd00", "f042dc4")
+# Today attention begins sharper in the first layer, see Transformer. Runs of these commits, where it
+# did in none, have a star in the tables; those where it did in all layers, a plus.
+IN_NONE = ("305775d", "36f03bf", "398604f", "5f12ac0", "9512566", "ba40cfc", "dfcdd00", "f042dc4")
+IN_ALL = ("d11a520",)
 
 
 def runs_in(*folders):
@@ -58,11 +59,12 @@ def minutes(seconds):
 
 
 def env_of(curve):
-    """Its canonical name, without 'popgym:', options that are not at their defaults, and a star on
-    a run with the earlier default."""
+    """Its canonical name, without 'popgym:', options that are not at their defaults, and a star or
+    a plus on a run with an earlier default."""
     name = plots.look_up(curve.options["env"])[0].removeprefix("popgym:")
-    star = " *" * curve.options.get("commit", "").startswith(EARLIER)
-    return ", ".join([name, *plots.departures(curve.options).values()]) + star
+    commit = curve.options.get("commit", "")
+    mark = " *" * commit.startswith(IN_NONE) + " +" * commit.startswith(IN_ALL)
+    return ", ".join([name, *plots.departures(curve.options).values()]) + mark
 
 
 def at(curve, i):
