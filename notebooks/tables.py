@@ -19,8 +19,8 @@ from envs import UsageError  # noqa: E402 (after the path)
 from notebooks import plots  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Today attention begins sharper in the first layer, see Transformer. Runs of these commits, where it
-# did in none, have a star in the tables; those where it did in all layers, a plus.
+# Today attention begins sharper in the first layer, see Transformer. Runs of these commits, where
+# it did in none, have a star in the tables; those where it did in all layers, a plus.
 IN_NONE = ("305775d", "36f03bf", "398604f", "5f12ac0", "9512566", "ba40cfc", "dfcdd00", "f042dc4")
 IN_ALL = ("d11a520",)
 
