@@ -82,13 +82,12 @@ class Config:
     instruction: str = option("", "with --eval: what to ask for, such as 'eat cow, collect wood'")
     # on which machine
     device: str = option("auto", "cpu, cuda, cuda:N, or auto = CUDA if there is one", free=True)
-    threads: int = option(0, "CPU threads of torch; 0 leaves torch's own choice", low=0, high=1024,
-                          free=True)
+    threads: int = option(0, "CPU threads; 0 = torch's own choice", low=0, high=1024, free=True)
     workers: int = option(0, "processes that step the environments; 0 = this one. For slow ones",
                           low=0, high=1024, free=True)
     amp: str = option("auto", "bfloat16 matrix products; auto = where they are faster",
                       choices=("auto", "on", "off"), free=True)
-    compile: bool = option(False, "compile the loss: a minute, then up to 2 x as fast", free=True)
+    compile: bool = option(False, "compile the loss: 1 or 2 minutes, then faster", free=True)
     # when to stop, what to write
     env_steps: int = option(1_000_000, "stop after so many environment steps", low=1, free=True)
     target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, auto"
@@ -260,8 +259,7 @@ def rotate(x, cos, sin):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal attention with a learned scale per head [3]. gamma: the scale at which
-    q, k and v begin; the larger it is, the sharper is a fresh head.
+    """Multi-head causal attention with a learned scale per head [3]. gamma: qkv's at first.
 
         o_h = s_h softmax(q k' / sqrt(d)) v
     """
@@ -284,7 +282,7 @@ class CausalAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            if x.device.type == "cpu":                   # there bfloat16 is 2 to 18 times slower
+            if x.device.type == "cpu":                   # bfloat16's backward is 5 times slower
                 q, k, v = q.float(), k.float(), v.float()
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
@@ -338,7 +336,7 @@ class Transformer(nn.Module):
         self.width, self.heads, self.positions, self.horizon = width, heads, positions, horizon
         # At gamma = 1 scores of random tokens vary by .13: a fresh head takes a mean of the past,
         # in which one token of a hundred is lost. At 3 by 1.2: some head looks at the unusual one.
-        # Only in the first layer, as who has to count needs means, and gamma moves slowly.
+        # Only in the first layer: with 3 everywhere, what has to be counted is learned later.
         self.blocks = nn.ModuleList([StableBlock(width, heads, ff, gamma)
                                      for gamma in [3.0] + [1.0] * (layers - 1)])
         self.norm = nn.LayerNorm(width)
@@ -1161,7 +1159,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambd
         torch.manual_seed(seed)
         collector = Collector(env, n_envs, agent, context, seed)
         left = episodes // n_envs + (np.arange(n_envs) < episodes % n_envs)
-        # For those who have waited for 3 s; it is full if no episode ends early.
+        # Shown after 3 s; it reaches its end only if no episode ends early.
         with environments.progress_bar(left.max() * agent.spec.horizon, process_rank() == 0,
                                        delay=3) as bar:
             while left.max() > 0 and not stop():
@@ -1200,11 +1198,12 @@ class Learner:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
             config.amp == "on" or config.amp == "auto" and faster))
         self.forward = agent
-        if config.compile:        # calls of the agent: its loss, not its acting
+        if config.compile:        # agent(batch), the loss; acting stays as it is
             environments.check_compiler()
             agent.compile()
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
-            self.forward = nn.parallel.DistributedDataParallel(agent, broadcast_buffers=False)
+            self.forward = nn.parallel.DistributedDataParallel(self.forward)
+            self.forward.broadcast_buffers = False           # the statistics agree by themselves
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
@@ -1308,6 +1307,7 @@ def train(config, saved=None):
     rng = np.random.default_rng((config.seed, rank))
     learner = Learner(agent, config)
     buffer = ReplayBuffer(spec, config.buffer_steps, rng, *hindsight(config, env, rng))
+    enough = min(config.parallel_envs, -(-config.buffer_steps // (2 * spec.horizon + 2)))
     exploration = Exploration(spec, config.parallel_envs, config.explore_steps, rng)
     # Training and evaluation draw their environments' seeds from ranges that never meet.
     train_seed, eval_seed = (1_000_000 * (2 * config.seed + i) for i in (1, 2))
@@ -1338,8 +1338,8 @@ def train(config, saved=None):
             # 2. Start a step in every environment.
             with log.timer("acting"):
                 collector.act()
-            # 3. Learn, once every environment has finished a first rollout.
-            if learner.started is None and not sum_over_ranks(len(buffer) < config.parallel_envs):
+            # 3. Learn, once there are as many rollouts as environments, or no room for so many.
+            if learner.started is None and not sum_over_ranks(len(buffer) < enough):
                 learner.started = steps
             owed = config.replay_ratio * (steps - (learner.started or steps))
             with log.timer("learning"):

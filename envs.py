@@ -56,6 +56,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import types
@@ -2842,10 +2843,14 @@ def check_options_of(config):
 
 
 def check_compiler():
-    """UsageError if there is no C++ compiler for torch.compile."""
-    if not shutil.which(compiler := os.environ.get("CXX", "g++")):
+    """UsageError if what torch.compile needs is not there: a C++ compiler, Python's headers."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not shutil.which(compiler := os.environ.get("CXX", usual)):
         raise UsageError(f"--compile needs a C++ compiler, and {compiler} is not here; install it,"
                          " or name another in the environment variable CXX")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise UsageError("--compile needs Python's headers, and Python.h is not here; install"
+                         " python3-dev")
 
 
 KINDS = {bool: (bool, "on or off"), int: (numbers.Integral, "a whole number"),

@@ -106,6 +106,16 @@ def test_a_checkpoint_holds_what_was_learned(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
+@pytest.mark.parametrize("room", [100, 150, 300])
+def test_a_small_buffer_is_learned_from(room, monkeypatch, tmp_path):
+    """Catches a run that waits for as many rollouts as environments in a buffer with no room for so
+    many, and never learns."""
+    use(monkeypatch, Choice, horizon=50)
+    assert am.main(["--env", "probe", "--buffer-steps", str(room), "--env-steps", "1600", "--out",
+                    "run", *SMALL, "--parallel-envs", "16"]) == 0
+    assert int(rows_of(tmp_path / "run")[-1][1]) > 0
+
+
 def test_training_stops_at_the_target_return(tmp_path, monkeypatch):
     """Catches a run that goes on after the goal, and `none` that stops nevertheless."""
     use(monkeypatch, Constant, max_return=1)              # whose return is 1, trained or not
@@ -347,14 +357,17 @@ def test_a_missing_package_comes_with_its_command(evaluating, monkeypatch, capsy
     assert "pip install popgym==" in one_line(capsys) and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("compiler", ["g++", "no-such-c++"])
-def test_compiling_needs_a_compiler(compiler, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("missing", ["no-such-c++", "Python.h"])
+def test_compiling_needs_a_compiler(missing, monkeypatch, capsys, tmp_path):
     """Catches a page of torch's own words in the first update, after the folder was written."""
-    monkeypatch.setattr(am.environments.shutil, "which", lambda name: None)
-    monkeypatch.setenv("CXX", compiler)
+    if missing == "Python.h":
+        monkeypatch.setattr(am.environments.shutil, "which", lambda name: name)
+        monkeypatch.setattr(am.environments.sysconfig, "get_path", lambda name: str(tmp_path))
+    else:
+        monkeypatch.setenv("CXX", missing)
     assert am.main(["--compile", "--out", "run"]) == 2
     message = one_line(capsys)
-    assert "--compile" in message and compiler in message and contents(tmp_path) == {}
+    assert "--compile" in message and missing in message and contents(tmp_path) == {}
 
 
 def test_exit_code_of_the_program():
