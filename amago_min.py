@@ -94,7 +94,7 @@ class Config:
                                 " = the known maximum less 1 %%", words=("none", "auto"), free=True)
     out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
     eval_every: int = option(0, "env steps between evaluations, later a tenth of those so far; 0 ="
-                             " 1000, or a quarter of an evaluation's", low=0, free=True)
+                             " 1000, or a quarter of an evaluation's own", low=0, free=True)
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data

@@ -1427,11 +1427,13 @@ class Maze(Instructed):
         picture, size = draw_cells(self.wall)
         for cell in set(self.path):
             fill_square(picture, *centre(cell, size), 0.25 * size, PATH)
-        for i in reversed(range(self.goals)):  # if two share a cell, the next one is on top
-            y, x = centre(self.instruction[i], size)
-            fill_square(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
-            write_digit(picture, y, x, i + 1, size)
+        # If two share a cell, the next one is seen; the agent hides no number.
+        number = {tuple(self.instruction[i]): i for i in reversed(range(self.goals))}
+        for cell, i in number.items():
+            fill_square(picture, *centre(cell, size), 0.5 * size, goal_colour(i, self.progress))
         fill_disc(picture, *centre(self.position, size), 0.3 * size, AGENT)
+        for cell, i in number.items():
+            write_digit(picture, *centre(cell, size), i + 1, size)
         return picture
 
 
@@ -1588,7 +1590,7 @@ class Delivery(Instructed):
 # ---- 10. Pictures --------------------------------------------------------------------------
 # Just enough to draw the worlds above with numpy: uint8 (H, W, 3), about 256 pixels wide.
 
-FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (30, 90, 220)
+FLOOR, WALL, PATH, AGENT = (245, 242, 232), (62, 68, 88), (176, 205, 238), (70, 130, 255)
 KEY, DOOR, FORK = (240, 180, 20), (150, 95, 50), (170, 120, 220)
 DIGITS = {  # 3 x 5 pixels, row by row
     1: "010110010010111", 2: "111001111100111", 3: "111001111001111", 4: "101101111001001",

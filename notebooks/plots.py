@@ -378,7 +378,8 @@ def small_png(figure, colours=48):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with Image.open(buffer) as picture:
-        picture = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        picture = picture.convert("RGB").quantize(colours, Image.Quantize.FASTOCTREE,
+                                                  dither=Image.Dither.NONE)   # keeps pure colours
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -549,8 +550,8 @@ def plot_attention(weights, title="", path=None):
         picture = axes.imshow(np.ma.array(weights[layer, head], mask=future), cmap="magma_r",
                               norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
         axes.set_facecolor("0.93")
-        axes.set_title(f"layer {layer + 1}, head {head + 1}\n{lag} steps ago: {mean:.2f}",
-                       fontsize=8)
+        fixed = f"{lag} steps ago: {mean:.2f}" if mean > 0.3 else "no fixed lag"
+        axes.set_title(f"layer {layer + 1}, head {head + 1}\n{fixed}", fontsize=8)
         axes.tick_params(labelsize=7)
     for axes in grid[-1]:
         axes.set_xlabel("attends to step", fontsize=8)
@@ -559,8 +560,8 @@ def plot_attention(weights, title="", path=None):
     bar = figure.colorbar(picture, ax=grid, shrink=0.6, ticks=(0, .01, .1, .25, .5, 1))
     bar.set_label("weight (scale: square root)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title + " " * bool(title) + "(below each head's name: the lag with the largest"
-                    " mean weight)", fontsize=9)
+    figure.suptitle(title + " " * bool(title) + "(below each head's name: a lag that it has on"
+                    " average more than .3 of its weight on)", fontsize=9)
     return saved(figure, path)
 
 
@@ -601,9 +602,12 @@ def find_runs(folder):
 
     Of runs that differ in nothing that matters (the same seed, options, environment; one may have
     gone on for longer), only the longest: a kept agent carries the log of the run it came from.
+    Folders whose name ends in -earlier, runs with an earlier default, are left out.
     """
     longest = {}
     for path in sorted(Path(folder).rglob("config.json")):
+        if path.parent.name.endswith("-earlier"):
+            continue
         curve = Curve.read(path.parent)
         same = json.dumps([look_up(curve.options["env"])[0], curve.options["seed"],
                            comparable(curve.options)], sort_keys=True)
@@ -753,7 +757,7 @@ def draw_curves(axes, env, groups, column="return_mean", references=(), labels=N
             axes.plot(curve.columns["env_steps"][-1], curve.columns[column][-1], "o", ms=4,
                       color=colour, mec="white", mew=0.6)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(xlabel="environment steps", title=env,
+    axes.set(xlabel="environment steps", title=env.removeprefix("popgym:") if labels else env,
              ylabel=dict(return_mean="return per episode",
                          success="share of successes").get(column, column))
     axes.title.set_fontsize(9 if labels else 10)

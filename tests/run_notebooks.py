@@ -21,6 +21,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
+SOURCE = {line.strip() for name in ("amago_min.py", "envs.py")
+          for line in (ROOT / name).read_text().splitlines()}
 MOST_CELLS, MOST_LINES, MOST_BYTES, MOST_SECONDS = 20, 150, 300_000, 180
 
 
@@ -36,6 +38,14 @@ def code_cells(notebook):
 def lines_of_code(notebook):
     lines = [line for cell in code_cells(notebook) for line in cell.source.splitlines()]
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+
+def printed_source(cell):
+    """The indented lines that a cell printed, if it prints source or docstrings of the files."""
+    if not any(word in cell.source for word in ("getsource(", "getdoc(", "show(am.", "show(env")):
+        return []
+    return [line for output in cell.outputs for line in output.get("text", "").splitlines()
+            if line.startswith("    ")]
 
 
 def faults(path):
@@ -61,6 +71,8 @@ def faults(path):
     if not any(line.startswith("assert ") for cell in cells for line in cell.source.splitlines()):
         found.append("it asserts nothing")
     saved = "".join(str(output.get("text", "")) + str(output.get("data", "")) for output in outputs)
+    found += [f"it prints source that is no longer there: {line.strip()}"
+              for cell in cells for line in printed_source(cell) if line.strip() not in SOURCE][:1]
     if str(ROOT) in saved or str(Path.home()) + "/" in saved:
         found.append("a path of the machine that ran it is saved in it")
     return found

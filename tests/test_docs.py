@@ -330,6 +330,20 @@ def test_a_warning_from_other_files_is_not():
     assert len(seen) == 3
 
 
+def test_the_first_exercise_expects_what_its_log_says():
+    """Catches numbers of a log that a newer run has replaced."""
+    text = (FOLDER / "notebooks" / "exercises.md").read_text()
+    curve = tables.plots.Curve.read(FOLDER / re.search(r'RUN = "(.*)"', text)[1])
+
+    def first(folder, column, passes):
+        values, steps = curve.columns[column], curve.columns["env_steps"]
+        return next((int(n) for n, x in zip(steps, values) if passes(x)), None)
+    claims = re.findall(r"assert (first\(RUN, .*\)) (?:==|is) (.*)", text)
+    assert len(claims) == 4
+    for call, expected in claims:
+        assert eval(call, dict(first=first, RUN=None)) == eval(expected), call
+
+
 if __name__ == "__main__":
     text = README.read_text()
     for name in HERE:

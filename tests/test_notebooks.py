@@ -30,6 +30,9 @@ def cell(source="assert True", count=1, outputs=(PNG,)):
                                                                traceback=[])])]),
     ("something on stderr is saved in it: a warning", [
         cell(outputs=[PNG, new_output("stream", name="stderr", text="a warning\nof two lines")])]),
+    ("it prints source that is no longer there: gone = 1", [
+        cell("show(am.Agent.loss)\nassert True", outputs=[PNG, new_output(
+            "stream", text="class Agent(nn.Module):\n    gone = 1\n")])]),
     ("no figure is saved in it", [cell(outputs=[])]),
     ("it asserts nothing", [cell("x = 1")]),
     ("a path of the machine that ran it is saved in it", [

@@ -1,6 +1,6 @@
 """The long runs behind notebooks/results/: the paper's worlds, the ablations, Crafter.
 
-    python tests/benchmarks/evidence.py --list                  # every run and its command
+    python tests/benchmarks/evidence.py --list                  # what it runs, and each command
     python tests/benchmarks/evidence.py worlds ablations        # those that are not there yet
     python tests/benchmarks/evidence.py ablations/delivery-full --jobs 2 --minutes 60
 
