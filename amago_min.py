@@ -16,7 +16,7 @@ How to read it
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
 Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
               G discount factors    C critics      A actions or action dimensions
-              N parallel environments              K slots of the instruction
+              N parallel environments    K goals asked, M goals met in a step, W words in a goal
 Conventions   tensors are batch first; masks are bool, True = a real step; the LAST gamma acts.
 
 References
@@ -59,8 +59,8 @@ VERSION = 3    # of checkpoints
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
 #    its defaults the defaults, its help texts `--help`, and its values `config.json`.
-# --size: width D, layers, heads H, feed-forward width, width of the actor's and critics' layers,
-# learning rate. `paper` is the column for POPGym [8] in [1] Table 3.
+# --size: width D, layers, heads H, feed-forward width, width of the encoder's, actor's and critics'
+# layers, learning rate. `paper`: Transformer, actor and critics as in [1] Table 3, POPGym [8].
 SIZES = {
     "nano": dict(width=64, layers=2, heads=4, ff=256, hidden=128, lr=1e-3),
     "small": dict(width=128, layers=2, heads=8, ff=512, hidden=256, lr=5e-4),
@@ -135,7 +135,7 @@ class Config:
         auto = cuda if torch.cuda.is_available() else "cpu"
         name = dict(auto=auto, cuda=cuda).get(self.device, self.device)
         try:
-            torch.empty(0, device=name if re.match("cpu|cuda|mps", name) else "unknown")
+            torch.empty(0, device=name if re.fullmatch(r"cpu|cuda:\d+", name) else "unknown")
             return torch.device(name)
         except (RuntimeError, AssertionError):
             there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
@@ -158,7 +158,6 @@ class SigmaLinear(nn.Module):
     u, v are running estimates of W's leading singular vectors: one step of power iteration per
     training forward, none in eval mode. They take no gradient; W gets one through sigma(W) too.
     Initialised with trunc_normal_(std=0.02), u and v from the SVD, b = 0, gamma = 1.
-
     forward: x (..., d_in) -> (..., d_out).
     """
 
@@ -191,11 +190,12 @@ class SigmaLinear(nn.Module):
         return self.weight * (self.gamma / (w_u @ v))
 
     def forward(self, x):
+        self.kept = None if self.training else self.kept       # about to change
         weight = self.scaled_weight() if self.kept is None else self.kept
         return F.linear(x, weight, self.bias)
 
     def keep(self):
-        """Compute W_hat once for many steps, where weights only act. Call it when they change."""
+        """Compute W_hat once for many steps in eval mode. Call it again when weights change."""
         self.kept = self.scaled_weight().detach()
 
 
@@ -319,7 +319,7 @@ class StableBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal Transformer over tokens. Two ways to run it that give the same numbers:
+    """Causal Transformer over tokens. Two ways to run it; the same weights give the same numbers:
 
         training   forward(x (B, T, D), time (B, T))          whole rollouts at once
         acting     forward(x (N, 1, D), time (N, 1), cache)   one token, the past from the cache
@@ -382,6 +382,7 @@ class RunningNorm(nn.Module):
         beta_t = beta / (1 - (1 - beta)^t)      so that the first update counts fully
         mean <- (1 - beta_t) mean + beta_t E[x],    square likewise with E[x^2]
         y = (x - mean) / sqrt(square - mean^2),     only centred where that is below 0.001
+        and within +-10: a first reward after 10 000 updates of zeros would read 900 and drown all
     """
 
     def __init__(self, dim, beta=1e-4):
@@ -404,7 +405,7 @@ class RunningNorm(nn.Module):
 
     def forward(self, x):
         std = (self.square - self.mean ** 2).clamp(min=0).sqrt().float()
-        return (x - self.mean.float()) / torch.where(std > 1e-3, std, 1.0)
+        return ((x - self.mean.float()) / torch.where(std > 1e-3, std, 1.0)).clamp(-10, 10)
 
 
 class TimestepEncoder(nn.Module):
@@ -443,10 +444,10 @@ class TimestepEncoder(nn.Module):
         """tokens: dict of obs (dict), action, reward, reset, time, each (B, T, ...), see
         `Trajectory`; mask (B, T): update the statistics with these tokens (training only)."""
         spec, time = self.spec, tokens["time"]
-        started = (time > 0).unsqueeze(-1)                               # (B, T, 1)
+        acted = (time > 0).unsqueeze(-1)                                 # (B, T, 1)
         action = F.one_hot(tokens["action"], spec.actions) if spec.discrete else tokens["action"]
         flat = torch.cat([tokens["reset"].unsqueeze(-1).float(), tokens["reward"].unsqueeze(-1),
-                          time.unsqueeze(-1) / spec.horizon, action * started]
+                          time.unsqueeze(-1) / spec.horizon, action * acted]
                          + ([tokens["obs"]["vector"]] if spec.vector else []), dim=-1)
         if mask is not None:
             self.norm.update(flat, mask)
@@ -493,7 +494,7 @@ class Actor(nn.Module):
         std = (-5 + 3.5 * (raw.tanh() + 1)).exp()
         normal = distributions.Normal(mean, std, validate_args=False)
         return distributions.TransformedDistribution(distributions.Independent(normal, 1),
-                                                     distributions.TanhTransform())
+                                                     distributions.TanhTransform(), False)
 
     def log_prob(self, pi, action):
         """What each gamma's policy makes of the same action (...) or (..., A) -> (..., G)."""
@@ -597,8 +598,8 @@ class PopArt(nn.Module):
         old_mean, old_std = self.mean.clone(), self.std
         self.mean.lerp_(total[0] / total[2], step)
         self.square.lerp_(total[1] / total[2], step)
-        # As long as std was at its floor no target ever varied: there is nothing to keep, and
-        # shrinking w by the ratio of the two would all but erase the critics.
+        # With std at its floor all targets were below .001 or so: too little to keep, and shrinking
+        # w by the ratio of the two would all but erase the critics.
         fresh, std = old_std <= 1e-4, self.std
         self.b.copy_(torch.where(fresh, self.b, (old_std * self.b + old_mean - self.mean) / std))
         self.w.copy_(torch.where(fresh, self.w, self.w * old_std / std))
@@ -628,7 +629,6 @@ def td_targets(reward, done, next_value, gammas):
         y_g = r + gamma_g (1 - d) V_g(s')
 
     reward (B, T), done (B, T) bool, next_value (B, T, G), gammas (G,) -> (B, T, G)
-
     r = 1, d = 0, V(s') = (2, 4), gammas (.5, .9) -> (2.0, 4.6);  with d = 1 -> (1, 1)
     """
     going_on = (~done).unsqueeze(-1)
@@ -833,8 +833,7 @@ class Trajectory:
         led_to = dict(action=self.action, reward=self.reward, done=self.done)
         if self.achieved is not None:
             led_to["achieved"] = self.achieved
-        first = {name: np.concatenate([np.zeros_like(x[:1], shape=(1,) + x.shape[1:]), x])
-                 for name, x in led_to.items()}
+        first = {name: np.concatenate([np.zeros_like(x[:1]), x]) for name, x in led_to.items()}
         return dict(first, obs=self.obs, reset=self.reset)
 
     @staticmethod
@@ -849,7 +848,6 @@ class ReplayBuffer:
 
     All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
     one slice per rollout and array, with no Python loop over time steps.
-
     relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
     rarity: a GoalRarity, which counts the goals of every rollout that comes in.
     """
@@ -1003,7 +1001,7 @@ class Exploration:
     """The randomised bi-level epsilon schedule, which in half of the rollouts begins late.
 
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
-        m ~ U(0, 1);   b = 0 or, equally likely, horizon - horizon^U(0, 1):    anew for each rollout
+        m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
     e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades over
     training and within a rollout, whose late steps need an early part that was played well. A late
@@ -1013,12 +1011,12 @@ class Exploration:
 
     def __init__(self, spec, n_envs, anneal, rng):
         self.spec, self.anneal, self.rng = spec, anneal, rng
-        self.plan = self.draw(n_envs)
+        self.plan = self.draw(np.full(n_envs, spec.horizon))
 
-    def draw(self, n):
-        """-> (2, n): m and b of n rollouts"""
-        multiplier, late, u = self.rng.uniform(size=(3, n))
-        return np.stack([multiplier, (late < 0.5) * (self.spec.horizon - self.spec.horizon ** u)])
+    def draw(self, length):
+        """length (n,) -> (2, n): m and b of n rollouts"""
+        multiplier, late, u = self.rng.uniform(size=(3, len(length)))
+        return np.stack([multiplier, (late < 0.5) * (length - length ** u)])
 
     def epsilon(self, time, env_steps):
         """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""
@@ -1037,9 +1035,9 @@ class Exploration:
         noise = self.rng.normal(size=action.shape).astype(np.float32)
         return np.clip(action + epsilon[:, None].astype(np.float32) * noise, -1, 1)
 
-    def reset(self, ended):
-        """Draw anew where `ended` (N,) is True: a rollout begins."""
-        self.plan[:, ended] = self.draw(int(ended.sum()))
+    def reset(self, ended, length):
+        """Draw anew where `ended` (N,) is True: a rollout of length (N,) is over, one begins."""
+        self.plan[:, ended] = self.draw(length[ended])
 
 
 class Collector:
@@ -1083,7 +1081,7 @@ class Collector:
 
     def receive(self):
         """End the step. -> [(environment, Trajectory)] of the rollouts that just ended"""
-        finished, ended = [], np.zeros(len(self.rows), bool)
+        finished, ended, length = [], np.zeros(len(self.rows), bool), self.time.copy()
         for i, (obs, reward, terminated, truncated, info, first) in enumerate(self.envs.receive()):
             t = self.time[i]
             self._store(i, t, obs)
@@ -1103,7 +1101,7 @@ class Collector:
         self.env_steps += len(self.rows) * world_size()
         self.cache.end_step(ended)
         if self.exploration:
-            self.exploration.reset(ended)
+            self.exploration.reset(ended, length)
         self.waiting = False
         return finished
 
@@ -1155,7 +1153,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambd
     """
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([d for d in (agent.gammas.device,) if d.type == "cuda"]):
         torch.manual_seed(seed)
         collector = Collector(env, n_envs, agent, context, seed)
         left = episodes // n_envs + (np.arange(n_envs) < episodes % n_envs)
@@ -1192,9 +1190,10 @@ class Learner:
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
                                            weight_decay=config.weight_decay, fused=True)
-        # bfloat16 where it is faster: on a GPU, and on a CPU with such instructions, unless tiny.
+        # bfloat16 where it is faster: on a GPU or CPU that has it, for tiny sizes not on a CPU.
         capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        faster = self.device.type == "cuda" or capable and agent.transformer.width >= 128
+        capable = capable and agent.transformer.width >= 128
+        faster = torch.cuda.is_bf16_supported(False) if self.device.type == "cuda" else capable
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
             config.amp == "on" or config.amp == "auto" and faster))
         self.forward = agent
@@ -1227,6 +1226,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
         self.optimizer.step()
+        self.average.critics.rescale(self.agent.popart.w, self.agent.popart.b)
         self.agent.fold_popart()
         self.agent.update_targets(self.config.tau)
         self.updates += 1
@@ -1294,7 +1294,7 @@ def gather_on_rank_0(x):
 def train(config, saved=None):
     """The main job -> the folder that holds everything it wrote. saved: a checkpoint to go on from.
     Raises UsageError before anything is written; KeyboardInterrupt after Ctrl-C, NonFiniteLoss and
-    BrokenEnvironment after the checkpoint has been saved."""
+    BrokenEnvironment after saving what can be saved, see save_run."""
     join_processes()
     device, rank = config.torch_device(), process_rank()
     keep_freed_memory()
@@ -1392,8 +1392,8 @@ def save_run(folder, run, final=False, end=None):
 
 
 def restore_run(run, state):
-    """The inverse of save_run: `state` comes from load_checkpoint, `run` is freshly made."""
-    own = state["processes"][process_rank()]
+    """The inverse of save_run; consumes `state`, of load_checkpoint. `run` is freshly made."""
+    own = state.pop("processes")[process_rank()]             # freed when it has been copied
     for name, part in (("learner", state), ("log", state), ("buffer", own), ("collector", own)):
         run[name].restore(part[name])
     run["rng"].bit_generator.state = json.loads(own["rng"])
@@ -1427,7 +1427,7 @@ def load_checkpoint(folder, device="cpu"):
     if not os.path.exists(path):                             # nor does a name that is too long
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
     with blame(path):
-        with zipfile.ZipFile(path) as archive:               # torch does not look at the checksums
+        with zipfile.ZipFile(path) as archive:               # torch looks at neither of the two
             if archive.testzip() or any(x.external_attr for x in archive.infolist()):
                 raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1484,7 +1484,7 @@ def evaluate_saved(config):
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 1 the run broke (state saved), 2 bad arguments, 130 Ctrl-C (saved)."""
+    """-> exit code: 0 done, 1 the run broke, 2 bad arguments, 130 Ctrl-C; 1, 130: see save_run."""
     def work():
         config, saved = parse_command_line(argv)
         evaluate_saved(config) if config.eval else train(config, saved)

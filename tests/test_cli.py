@@ -209,6 +209,8 @@ BAD = [  # arguments; what the message has to contain: the wrong word and the ne
     ("--device cudaa", "'cudaa'", "cpu"),
     ("--device cuda:77", "'cuda:77'", "cpu"),
     ("--device meta", "meta", "cpu"),
+    ("--device mps", "mps", "cpu"),
+    ("--device cpu:0", "'cpu:0'", "cpu"),
     ("--batch 0", "--batch 0", "1"),
     ("--batch x", "--batch", "'x'"),
     ("--batch 1.5", "--batch", "'1.5'"),

@@ -393,11 +393,35 @@ def test_where_noise_begins():
     assert abs(np.corrcoef(multiplier, begin)[0, 1]) < .02
 
 
+def test_noise_begins_within_a_rollout_as_long_as_the_last_one():
+    """Catches a beginning drawn over the horizon, 9 steps, which short rollouts never live to see:
+    now they last 1 to 4."""
+    noise = am.Exploration(SPECS["discrete"], 40_000, 1000, np.random.default_rng(0))
+    length = np.arange(40_000) % 4 + 1
+    noise.reset(np.ones(40_000, bool), length)
+    begin = noise.plan[1]
+    assert (begin == 0)[length > 1].mean() == pytest.approx(0.5, abs=0.01)
+    assert (begin <= length - 1).all() and begin[length == 4].max() > 2.9
+
+
+def test_the_collector_tells_how_long_the_rollout_was():
+    """Catches the length of another environment's rollout, or 0, that of the one that begins."""
+    spec, told = am.Spec.of(am.environments.make_env("meta:popgym:MineSweeperEasy?episodes=3")), []
+    agent = am.Agent(spec, am.Config()).eval()
+    noise = am.Exploration(spec, 3, 10 ** 6, np.random.default_rng(0))
+    noise.reset = lambda ended, length: told.append(length[ended].tolist())
+    collector = am.Collector("meta:popgym:MineSweeperEasy?episodes=3", 3, agent, 1024, 7, noise)
+    for _ in range(40):
+        finished = collector.step()
+        assert told[-1] == [len(trajectory) for _, trajectory in finished]
+    assert sum(map(len, told)) > 3
+
+
 def test_new_rollouts_get_new_noise():
     """Catches one amount of noise for ever, and a change of it within a rollout."""
     noise = am.Exploration(SPECS["discrete"], 4, 1000, np.random.default_rng(0))
     before = noise.plan.copy()
-    noise.reset(np.array([True, False, True, False]))
+    noise.reset(np.array([True, False, True, False]), np.full(4, 9))
     assert (noise.plan[0] != before[0]).tolist() == [True, False, True, False]
     assert (noise.plan[1] == before[1])[[1, 3]].all()
 

@@ -158,16 +158,20 @@ def test_acting_uses_the_newest_weights(monkeypatch):
 
 
 def test_the_average_follows_and_acts_with_its_own_weights(monkeypatch):
-    """Catches an average that stands still, keeps old statistics, or acts with weights W_hat of an
-    earlier update."""
-    run = Run(use(monkeypatch, Choice)).act(20)
+    """Catches an average that stands still, keeps old statistics or critics on an old scale of
+    PopArt, or acts with weights W_hat of an earlier update."""
+    run, scales = Run(use(monkeypatch, Choice)).act(20), []
     average, agent = run.learner.average, run.agent
+    fold = agent.fold_popart
+    monkeypatch.setattr(agent, "fold_popart", lambda: (
+        scales.append((agent.popart.w.clone(), agent.popart.b.clone())), fold()))
     average.keep()
     for update in range(1, 4):
-        old = [p.clone() for p in average.parameters()]
+        old = copy.deepcopy(average)
         run.learn(1)
+        old.critics.rescale(*scales[-1])
         rate = 30 / (update + 30)
-        for p, before, q in zip(average.parameters(), old, agent.parameters()):
+        for p, before, q in zip(average.parameters(), old.parameters(), agent.parameters()):
             torch.testing.assert_close(p, (1 - rate) * before + rate * q)
         assert all(torch.equal(x, y) for x, y in zip(average.buffers(), agent.buffers()))
         with torch.no_grad():

@@ -280,6 +280,17 @@ def test_acting_follows_every_change_of_the_weights():
         assert (layer(x) - before).abs().max() > 1e-3
 
 
+def test_a_kept_weight_is_dropped_by_training():
+    """Catches a loaded agent, whose weights are kept for acting, that learns nothing at all."""
+    layer, x = sigma_linear(iterations=1).eval(), torch.randn(5, 12)
+    layer.keep()
+    layer.train()(x).square().sum().backward()
+    assert layer.weight.grad.abs().max() > 0 and layer.gamma.grad.abs() > 0
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand(12))
+    assert torch.equal(layer.eval()(x), F.linear(x, layer.scaled_weight(), layer.bias))
+
+
 def test_gradient_reaches_the_weight_through_sigma():
     """Catches a detached sigma, and u, v that carry a gradient of their own."""
     layer, x = sigma_linear(), torch.randn(5, 12)
@@ -535,6 +546,18 @@ def test_inputs_that_hardly_vary_are_only_centred():
     norm.update(x, torch.ones(1000, dtype=torch.bool))
     torch.testing.assert_close(norm(x)[:, 0], x[:, 0] - norm.mean[0])
     assert 0.9 < norm(x)[:, 1].std() < 1.1
+
+
+def test_what_is_first_met_late_does_not_drown_the_rest():
+    """Catches a first reward after thousands of steps without one that reads as 900."""
+    norm, x = RunningNorm(1), torch.zeros(1000, 1)
+    for update in range(3000):
+        norm.update(x, torch.ones(1000, dtype=torch.bool))
+    x[0] = 1.0
+    for update in range(20):
+        norm.update(x, torch.ones(1000, dtype=torch.bool))
+        assert norm(x).abs().max() <= 10
+    assert (norm.square - norm.mean ** 2).sqrt() < 0.1 and norm(x)[0] == 10
 
 
 def test_statistics_are_those_of_raw_inputs_and_come_first():
