@@ -123,8 +123,8 @@ def parse_name(name):
 
 def parse_value(text):
     """'3' -> 3, '0.5' -> 0.5, 'true' -> True, anything else stays a string."""
-    if text in ("true", "false"):
-        return text == "true"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return number(text)
@@ -169,7 +169,9 @@ def check_options(name, options, allowed):
 
 
 def positive_int(name, key, value):
-    """The value of an option that is a whole number >= 1."""
+    """The value of an option that is a whole number >= 1; 1e3 is one, too."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"option {key!r} of {name!r} must be a whole number >= 1, not {value!r}")
     return int(value)
@@ -177,7 +179,7 @@ def positive_int(name, key, value):
 
 # ---- 2. Spaces ------------------------------------------------------------------------------
 # Observations become one float32 vector, equal number by number to gymnasium's `flatten` but
-# several times faster, because tables are made once and the kind of space is asked once.
+# several times faster, because the kind of space is asked once.
 # The functions live at module level and are bound with `partial`, so environments can be pickled.
 
 LARGEST = 1e15  # of numbers: their squares still fit into float32, summed over a batch
@@ -227,8 +229,7 @@ def part_encoder(space):
     if is_image(space):
         return functools.partial(picture, space.shape)
     if isinstance(space, spaces.Discrete):
-        rows = list(np.eye(space.n, dtype=np.float32))  # a list: indexing an array costs 3x more
-        return functools.partial(one_hot, rows, int(space.start))
+        return functools.partial(one_hot, int(space.n), int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
         sizes, starts = space.nvec.ravel().tolist(), space.start.ravel().tolist()
         places = itertools.count()
@@ -243,11 +244,13 @@ def part_encoder(space):
                      "Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple of these")
 
 
-def one_hot(rows, start, value):
-    """Row value - start of the table, a copy, so that nobody can spoil it."""
-    if value < start:  # a list would take -1 for its last row
+def one_hot(size, start, value):
+    """size numbers, all 0 but a 1 at place value - start."""
+    if value < start:  # an array would take -1 for its last place
         raise IndexError
-    return rows[value - start].copy()
+    out = np.zeros(size, dtype=np.float32)
+    out[value - start] = 1.0
+    return out
 
 
 def many_one_hots(tables, size, value):
@@ -410,8 +413,12 @@ class Adapter(Seeded):
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{self.name}: action {one_line(repr(action))} is not in"
                              f" {self.action_space}") from None
-        observation, reward, terminated, truncated, info = self.inner.step(raw_action)
+        result = self.inner.step(raw_action)
         self.time += 1
+        if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
+            raise self.broken("what step returns is not (observation, reward, terminated,"
+                              " truncated, info dict)")
+        observation, reward, terminated, truncated, info = result
         truncated = bool(truncated) or self.time >= self._limit
         try:
             reward = float(reward)
@@ -442,7 +449,7 @@ class Adapter(Seeded):
 def public_info(info):
     """Only success is passed on: popgym's info holds card counts and bandit probabilities."""
     for key in ("success", "is_success"):
-        if key in info:
+        if info.get(key) is not None:
             return {"success": float(info[key])}
     return {}
 
@@ -555,7 +562,7 @@ class Labyrinth(Adapter):
     def reset_inner(self, seed, options):
         outside = random.getstate(), np.random.get_state()
         try:
-            return self.inner.reset(seed=seed, options=options)
+            return self.inner.reset(seed=seed % 2**32, options=options)  # all that these take
         finally:
             random.setstate(outside[0])
             np.random.set_state(outside[1])
@@ -583,9 +590,9 @@ def gym_env(name, **options):
         except PACKAGE_ABSENT:
             raise
         except Exception as error:
-            if not options:
-                raise  # the environment's own bug, shown as it is
-            if "unexpected keyword" in str(error):
+            if not options:  # the environment's own bug, shown as it is: no ValueError any more
+                raise RuntimeError(f"{full!r} cannot be built") from error
+            if re.search("unexpected keyword|multiple values", str(error)):
                 check_options(full, options, ["horizon", *inspect.signature(make).parameters])
             raise ValueError(f"{full!r} cannot be built: {error!r}") from error
     return Adapter(inner, full, horizon, limit=horizon)
@@ -633,6 +640,8 @@ def absent_packages_named(name):
     try:
         yield
     except PACKAGE_ABSENT as error:
+        if "cannot import name" in str(error):
+            raise  # the package is there
         raise ModuleNotFoundError(f"{name} needs a package: {pip_command(error)}") from error
 
 
@@ -657,6 +666,8 @@ def meta_env(name, **options):
     if inner_name.startswith("meta:"):
         raise ValueError(f"'meta:{name}' puts meta inside meta; nearest: {name}")
     inner = make_env(inner_name, **options)
+    if isinstance(inner, Meta):
+        raise ValueError(f"'meta:{name}' puts meta inside meta; nearest: {inner.name}")
     name, _, query = inner.name.partition("?")
     query = "&".join(sorted([f"episodes={episodes}", *filter(None, [query])]))
     return Meta(inner, episodes, f"meta:{name}?{query}")
@@ -698,8 +709,8 @@ class Meta(gymnasium.Env):
         self.episode = options.pop("episode", None)          # the task's seed
         if self.episode is None:
             self.episode = int(self.np_random.integers(2**31))
-        self._number, self._return = 1, 0.0
-        return self.inner.reset(seed=self.episode, options=options or None)
+        self._number, self._return, self._options = 1, 0.0, options or None
+        return self.inner.reset(seed=self.episode, options=self._options)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.inner.step(action)
@@ -709,7 +720,7 @@ class Meta(gymnasium.Env):
             if self._number < self.episodes:
                 self._number, self._return = self._number + 1, 0.0
                 # the first observation takes the place of the terminal one, which leads nowhere
-                observation, _ = self.inner.reset(seed=self.episode)
+                observation, _ = self.inner.reset(seed=self.episode, options=self._options)
                 terminated = truncated = False
                 info["reset"] = True
         return observation, reward, terminated, truncated, info
@@ -986,12 +997,11 @@ GRID_KEYS = {"a": WEST, "w": NORTH, "d": EAST, "s": SOUTH, " ": STAY}
 
 def grid_size(suite, text, smallest):
     """'9x9' -> (9, 9)"""
-    match = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", text)
-    rows, columns = map(int, match.groups()) if match else (9, 9)
-    if not match or min(rows, columns) < smallest:
+    found = [clip(int(x), smallest, 999) for x in re.findall("[0-9]{1,9}", text)] or [9]
+    rows, columns = found[0], found[-1]
+    if text != f"{rows}x{columns}":
         raise ValueError(f"unknown environment {suite + ':' + text!r}; sizes are rows x columns, "
-                         f"{smallest} to 999 each; nearest: "
-                         f"{suite}:{max(rows, smallest)}x{max(columns, smallest)}")
+                         f"{smallest} to 999 each; nearest: {suite}:{rows}x{columns}")
     return rows, columns
 
 
@@ -1051,7 +1061,7 @@ class DarkKey(World):
                (5, 5, False): (9.07, 178.0)}
     needs, keys = "memory, adaptation", GRID_KEYS
 
-    def __init__(self, size, **options):
+    def __init__(self, size, /, **options):
         self.rows, self.columns = grid_size("darkkey", size, 2)
         name = f"darkkey:{self.rows}x{self.columns}"
         check_options(name, options, ["fixed_start"])
@@ -1126,7 +1136,7 @@ class TMaze(World):
 
     needs, keys = "memory", {"d": 0, "w": 1, "a": 2, "s": 3}
 
-    def __init__(self, length, **options):
+    def __init__(self, length, /, **options):
         self.length = road_length("tmaze", length, 1, 100_000)
         self.name, self.horizon = f"tmaze:{self.length}", self.length + 1
         check_options(self.name, options, ())
@@ -1173,7 +1183,7 @@ class Wind(World):
 
     GOAL, RADIUS, needs = (0.0, 1.0), 0.03, "adaptation"
 
-    def __init__(self, name, **options):
+    def __init__(self, name, /, **options):
         if name:
             raise ValueError(f"unknown environment {'wind:' + name!r}; nearest: wind:")
         self.name, self.horizon = "wind:", 75
@@ -1338,7 +1348,7 @@ class Maze(Instructed):
     RANDOM = {(7, 7): 0.81, (15, 15): 0.40, (31, 31): 0.18}  # mean return with up to 3 goals
     keys = GRID_KEYS
 
-    def __init__(self, size, **options):
+    def __init__(self, size, /, **options):
         rows, columns = (2 * (n // 2) + 1 for n in grid_size("maze", size, 5))
         name = f"maze:{rows}x{columns}"
         check_options(name, options, [*self.DEFAULTS, "instruction"])
@@ -1428,7 +1438,8 @@ class Maze(Instructed):
         for cell in set(self.path):
             fill_square(picture, *centre(cell, size), 0.25 * size, PATH)
         # If two share a cell, the next one is seen; the agent hides no number.
-        number = {tuple(self.instruction[i]): i for i in reversed(range(self.goals))}
+        order = sorted(range(self.goals), key=lambda i: (i >= self.progress, -i))
+        number = {tuple(self.instruction[i]): i for i in order}
         for cell, i in number.items():
             fill_square(picture, *centre(cell, size), 0.5 * size, goal_colour(i, self.progress))
         fill_disc(picture, *centre(self.position, size), 0.3 * size, AGENT)
@@ -1504,7 +1515,7 @@ class Delivery(Instructed):
     FORWARD, LEFT, RIGHT, DROP, WAIT = 0, 1, 2, 3, 7
     keys = {"w": FORWARD, "a": LEFT, "d": RIGHT, "1": 3, "2": 4, "3": 5, "4": 6, " ": WAIT}
 
-    def __init__(self, length, **options):
+    def __init__(self, length, /, **options):
         self.length = road_length("delivery", length, 11, 9999)  # 6 forks, 4 places, cell 0
         self.horizon = 6 * self.length
         name = f"delivery:{self.length}"
@@ -1577,7 +1588,7 @@ class Delivery(Instructed):
         for cell in range(self.length):
             fill = fill_square if cell in self.forks else fill_disc
             fill(picture, *place(cell), 0.4 * size, FORK if cell in self.forks else FLOOR)
-        for i in reversed(range(self.goals)):
+        for i in sorted(range(self.goals), key=lambda i: (i >= self.progress, -i)):
             y, x = place(self.instruction[i, 0])
             fill_disc(picture, y, x, 0.5 * size, goal_colour(i, self.progress))
             write_digit(picture, y, x, i + 1, size)
@@ -2046,7 +2057,7 @@ class CrafterUndirected(World):
     keys = {".": 0, "a": 1, "d": 2, "w": 3, "s": 4, " ": 5, "z": 6, "r": 7, "t": 8, "f": 9, "p": 10,
             "1": 11, "2": 12, "3": 13, "4": 14, "5": 15, "6": 16}
 
-    def __init__(self, **options):
+    def __init__(self, /, **options):
         self.name = "crafter:undirected"
         check_options(self.name, options, ["horizon", "obs"])
         self.pixels, self.horizon, written = crafter_options(self.name, options)
@@ -2133,7 +2144,7 @@ class CrafterInstructions(Instructed):
     action_space, keys = CrafterUndirected.action_space, CrafterUndirected.keys
     draws_instruction = True  # render() lists the goals, so nobody else has to
 
-    def __init__(self, **options):
+    def __init__(self, /, **options):
         name = "crafter:instructions"
         check_options(name, options, ["goals", "horizon", "instruction", "obs"])
         goals = goal_limit(name, options.get("goals", 5))
@@ -2302,8 +2313,8 @@ class Shard:
         results = []
         for i, (env, action) in enumerate(zip(self.envs, actions)):
             self.now = i
-            observation, reward, terminated, truncated, info = env.step(action)
             self.time[i] += 1
+            observation, reward, terminated, truncated, info = env.step(action)
             self.actions[i].append(action)
             self.check(i, observation)
             if not abs(reward) <= LARGEST:
@@ -2329,9 +2340,12 @@ class Shard:
             for action in actions:
                 if not isinstance(env.action_space, spaces.Discrete):
                     action = np.array(action, env.action_space.dtype)
-                env.step(action)
+                _, _, terminated, truncated, _ = env.step(action)
+                self.time[i] += 1
                 self.actions[i].append(action)
-            self.time[i] = len(actions)
+                if terminated or truncated:
+                    raise self.broken(i, "the same episode and actions end earlier than before a"
+                                      " checkpoint; the environment does not follow its seed")
             env.np_random.bit_generator.state = generator
 
     def check(self, i, observation):
@@ -2364,7 +2378,6 @@ class ParallelEnvs:
     """
 
     def __init__(self, name, seeds, workers=0):
-        self.closed = False
         parts = np.array_split(np.arange(len(seeds)), max(1, min(workers, len(seeds))))
         self.parts = [slice(part[0], part[-1] + 1) for part in parts]
         arguments = [(name, [int(seed) for seed in seeds[part]], part.start)
@@ -2378,7 +2391,8 @@ class ParallelEnvs:
         for argument in arguments:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, *argument), daemon=True)
-            process.start()
+            with without_sigint():
+                process.start()
             theirs.close()                                # so that the pipe ends with the worker
             self.pipes.append(ours)
             self.processes.append(process)
@@ -2411,10 +2425,23 @@ class ParallelEnvs:
         return self.receive()
 
     def close(self):
-        """End the workers; also called when this object or this process goes away."""
+        """End the workers. Without it they end with their pipes, or with this process."""
         for pipe in self.pipes:
             pipe.close()
         self.pipes = []
+
+
+@contextlib.contextmanager
+def without_sigint():
+    """Ctrl-C is ignored meanwhile, and by every process that is started: importing torch takes a
+    worker seconds, in which a Ctrl-C would end it with a traceback."""
+    main = threading.current_thread() is threading.main_thread()
+    before = main and signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def serve(pipe, *arguments):
@@ -2428,9 +2455,11 @@ def serve(pipe, *arguments):
                 shard = shard or Shard(*arguments)
                 pipe.send(getattr(shard, command)(argument))
             except Exception as problem:
-                if shard and not isinstance(problem, (BrokenEnvironment, ModuleNotFoundError)):
-                    problem = shard.broken(shard.now, f"{type(problem).__name__}: {problem}"
-                                           " (--workers 0 shows where)")
+                if not isinstance(problem, (BrokenEnvironment, ModuleNotFoundError, UsageError)):
+                    what = f"{type(problem).__name__}: {problem} (--workers 0 shows where)"
+                    what = " ".join(what.split())          # on one line
+                    problem = (shard.broken(shard.now, what) if shard else
+                               BrokenEnvironment(f"{arguments[0]}: {what}"))
                 pipe.send(problem)
 
 
@@ -2601,9 +2630,11 @@ class Log:
             raise
         finally:
             self.bar.close()
-            save(end)
-            if self.rows and self.writes:
-                self.finish()
+            try:
+                save(end)
+            finally:
+                if self.rows and self.writes:
+                    self.finish()
 
     def reached_goal(self):
         return bool(self.rows) and self.rows[-1]["return_mean"] >= self.goal
@@ -2666,7 +2697,9 @@ class Log:
         when = (f" after {last['env_steps']:,} env steps, {last['updates']:,} updates,"
                 f" {last['seconds']:.1f} s of training")
         say(f"\n{in_words(self.rows[-1], when)}\n"
-            f"{self.folder}/: log.csv curve.png eval.json config.json checkpoint.pt")
+            f"{self.folder}/: " + " ".join(name for name in (
+                "log.csv", "curve.png", "eval.json", "config.json", "checkpoint.pt")
+                if (self.folder / name).exists()))
 
     def csv(self):
         with open(self.folder / "log.csv", "w", newline="") as file:
@@ -2757,7 +2790,8 @@ def output_folder(config):
     Raises UsageError if --out holds a run already: nobody's run is ever overwritten.
     """
     out = Path(config.out)
-    if config.out and os.path.exists(out / "log.csv"):    # a name too long does not exist either
+    files = ("log.csv", "checkpoint.pt")
+    if config.out and any(os.path.exists(out / x) for x in files):    # as for names too long: no
         raise UsageError(f"--out {out} already holds a run; choose another folder")
     if not next(path for path in (out, *out.parents) if os.path.exists(path)).is_dir():
         raise UsageError(f"--out {out} cannot be a folder: there is a file in its place")
@@ -2910,7 +2944,9 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: ([^ =]+)", message)
         if unknown:
             word = unknown[1]
-            hint = f"write --env {word}" if ":" in word else nearest("--" + word.strip("-"), flags)
+            hint = nearest("--" + word.strip("-"), flags)
+            if ":" in word and "--env" in flags:
+                hint = f"write --env {word}"
             message = f"unknown option {word}; {hint}"
         missing = re.match(r"argument (--[a-z-]+): expected", message)
         if missing:
@@ -3093,7 +3129,7 @@ def play(env, seed=None):
     if not keys and isinstance(env.action_space, spaces.Discrete) and env.action_space.n <= 10:
         keys = {str(action): action for action in range(env.action_space.n)}
     if not keys:
-        raise ValueError(f"{env.name} has no keys to play it with: its actions are "
+        raise UsageError(f"{env.name} has no keys to play it with: its actions are "
                          f"{space_text(env.action_space)}")
     names = " ".join("space" if key == " " else key for key in keys)
     observation, _ = env.reset(seed=seed)
@@ -3188,7 +3224,7 @@ def print_table():
 
 
 def main(arguments=None):
-    """-> exit code: 0 done, 2 bad arguments, 130 Ctrl-C."""
+    """-> exit code: 0 done, 1 the environment is broken, 2 bad arguments, 130 Ctrl-C."""
     parser = Parser(prog="envs.py", description="The table of all environments, or one's card.")
     parser.add_argument("name", nargs="?", help="for example popgym:RepeatPrevious")
     parser.add_argument("--instruction", metavar="TEXT", help="for example 'go to (1, 1), go to "
@@ -3197,20 +3233,25 @@ def main(arguments=None):
     parser.add_argument("--seed", type=whole_number, metavar="INT", help="of the episode to play")
     try:
         options = parser.parse_args(arguments)
-        given = {} if options.instruction is None else {"instruction": options.instruction}
+        if options.name == "":
+            raise UsageError("the name is empty; python envs.py lists them all")
         if (options.seed or 0) < 0:
-            raise ValueError(f"--seed {options.seed} is below 0; the nearest limit is 0")
-        if not options.name and (options.play or given):
-            raise ValueError("--play and --instruction need the name of an environment")
+            raise UsageError(f"--seed {options.seed} is below 0; the nearest limit is 0")
+        if not options.name and (options.play or options.instruction is not None):
+            raise UsageError("--play and --instruction need the name of an environment")
+        if options.seed is not None and not options.play:
+            raise UsageError("--seed goes with --play")
+        if options.instruction is not None:
+            options.name = fix_instruction(options.name, options.instruction)
         if options.play:
-            play(make_env(options.name, **given), options.seed)
+            play(make_env(options.name), options.seed)
         elif options.name:
-            print_card(make_env(options.name, **given).name)
+            print_card(make_env(options.name).name)
         else:
             print_table()
-    except (ValueError, ModuleNotFoundError) as error:
+    except (UsageError, BrokenEnvironment, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, BrokenEnvironment) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # python envs.py | head

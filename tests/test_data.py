@@ -407,14 +407,15 @@ def test_noise_begins_within_a_rollout_as_long_as_the_last_one():
 def test_the_collector_tells_how_long_the_rollout_was():
     """Catches the length of another environment's rollout, or 0, that of the one that begins."""
     spec, told = am.Spec.of(am.environments.make_env("meta:popgym:MineSweeperEasy?episodes=3")), []
+    torch.manual_seed(0)
     agent = am.Agent(spec, am.Config()).eval()
     noise = am.Exploration(spec, 3, 10 ** 6, np.random.default_rng(0))
     noise.reset = lambda ended, length: told.append(length[ended].tolist())
     collector = am.Collector("meta:popgym:MineSweeperEasy?episodes=3", 3, agent, 1024, 7, noise)
-    for _ in range(40):
+    for _ in range(60):
         finished = collector.step()
         assert told[-1] == [len(trajectory) for _, trajectory in finished]
-    assert sum(map(len, told)) > 3
+    assert {1, 2, 3} & set(map(len, told)) and len(set(sum(told, []))) > 1
 
 
 def test_new_rollouts_get_new_noise():

@@ -612,9 +612,23 @@ def test_a_disk_that_stays_full():
     printed = pathlib.Path("fork.out").read_text().splitlines()
     assert sum("not written: run/checkpoint.pt" in line for line in printed) >= 50
     assert len(numbers("run")) == 6 and not list(pathlib.Path("run").glob("*.tmp"))
+    assert json.loads(pathlib.Path("run/eval.json").read_text())["env_steps"] == 300
     assert pathlib.Path("run/checkpoint.pt").read_bytes() == before
     assert am.main(resume("run", 300, "--checkpoint-minutes", "10")) == 0
     assert_like_straight("run")
+
+
+def test_an_environment_that_does_not_follow_its_seed_is_named():
+    """Catches a good checkpoint that is called damaged, because the episode that it was in the
+    middle of now ends earlier."""
+    shard = am.environments.Shard("popgym:RepeatFirstEasy", [0])
+    shard.begin_all()
+    for _ in range(10):
+        shard.step([0])
+    state, step = shard.state(), shard.envs[0].step
+    shard.envs[0].step = lambda action: step(action)[:2] + (shard.time[0] > 5, False, {})
+    with pytest.raises(am.BrokenEnvironment, match="at step 7.* follow its seed"):
+        shard.restore(state)
 
 
 # ---- several processes (T22) ----
