@@ -102,7 +102,7 @@ class Config:
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
-    explore_steps: int = option(200_000, "env steps over which exploration noise fades", low=1)
+    explore_steps: int = option(0, "noise fades over these; 0 = 2000 rollouts, >= 200 000", low=0)
     context: int = option(1024, "longest rollout to learn from, and to remember while acting; of"
                          " longer ones, a random slice is learned", low=1)
     relabel: str = option("auto", "hindsight goals: none, some (a random number), all; auto = some,"
@@ -1003,14 +1003,14 @@ class Exploration:
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
         m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
-    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps: noise fades over
-    training and within a rollout, whose late steps need an early part that was played well. A late
-    b tries something new there, with all before it played well, which a T-Maze cannot do without.
+    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps, 0 = 2000 of the
+    longest rollouts: noise fades over training, and within a rollout, whose late steps need an
+    early part that was played well. A late b tries something new with all before it played well.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
     """
 
     def __init__(self, spec, n_envs, anneal, rng):
-        self.spec, self.anneal, self.rng = spec, anneal, rng
+        self.spec, self.anneal, self.rng = spec, anneal or max(200_000, 2000 * spec.horizon), rng
         self.plan = self.draw(np.full(n_envs, spec.horizon))
 
     def draw(self, length):

@@ -639,6 +639,8 @@ def comparable(options):
     config.json, do not name them. relabel: some and auto mean the same."""
     known = defaults(options.get("size", "nano"))
     known.update((name, value) for name, value in options.items() if name in known)
+    if known["explore_steps"] == 200_000:      # what 0, the default, stands for in short rollouts
+        known["explore_steps"] = 0
     return {**known, "relabel": "auto"} if known["relabel"] == "some" else known
 
 

@@ -1,6 +1,7 @@
 """Data: what the collector records, the buffer stores and the loss reads is what happened."""
 
 import copy
+import dataclasses
 import types
 
 import numpy as np
@@ -372,6 +373,16 @@ def test_epsilon(time, env_steps, epsilon):
     noise = am.Exploration(SPECS["discrete"], 1, 1000, np.random.default_rng(0))
     noise.plan[:] = [[0.5], [0.0]]
     assert noise.epsilon(np.array([time]), env_steps) == pytest.approx(0.5 * epsilon)
+
+
+def test_noise_fades_over_2000_of_the_longest_rollouts():
+    """Catches noise that is gone before a long corridor has been walked often enough."""
+    for horizon, steps in ((9, 200_000), (300, 600_000)):
+        spec = dataclasses.replace(SPECS["discrete"], horizon=horizon)
+        noise = am.Exploration(spec, 1, 0, np.random.default_rng(0))
+        noise.plan[:] = [[1.0], [0.0]]
+        assert noise.epsilon(np.array([0]), steps // 2) == pytest.approx((1 + .05) / 2)
+        assert noise.epsilon(np.array([0]), steps) == pytest.approx(.05)
 
 
 def test_noise_that_begins_late():
