@@ -190,7 +190,7 @@ def render(agent, config, path, seed=0, instruction=None):
     trajectory = play(agent, name, config.context, seed)
     result = f"return {trajectory.reward.sum():.3f} in {len(trajectory)} steps"
     goals = goal_steps(trajectory, env)
-    if path.suffix == ".gif":
+    if path.suffix.lower() == ".gif":
         drawn = pictures(name, trajectory)
         if drawn is not None:
             frames = write_gif(path, trajectory, *drawn)
@@ -205,7 +205,7 @@ def check_file(path, endings):
     """-> Path. Raises UsageError for another ending, for a folder that is not there, and for what
     cannot be written, before any work was done for it."""
     path = Path(path)
-    if path.suffix not in endings:
+    if path.suffix.lower() not in endings:
         raise UsageError(f"{str(path)!r} cannot be drawn; its name has to end in "
                          + " or ".join(endings))
     if not path.parent.is_dir():

@@ -19,8 +19,10 @@ from envs import UsageError  # noqa: E402 (after the path)
 from notebooks import plots  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Today attention begins sharper in the first layer, see Transformer. Runs of these commits, where
-# it did in none, have a star in the tables; those where it did in all layers, a plus.
+# Runs with earlier defaults are marked in the tables. Today attention begins sharper in the first
+# layer, see Transformer; in runs of these commits it did in none (a star) or in all (a plus).
+# Today noise fades over 2000 rollouts, if these have more than 200 000 env steps, over which it did
+# before (a degree sign, where that differs by more than 5 %).
 IN_NONE = ("305775d", "36f03bf", "398604f", "5f12ac0", "9512566", "ba40cfc", "dfcdd00", "f042dc4")
 IN_ALL = ("d11a520",)
 
@@ -59,12 +61,15 @@ def minutes(seconds):
 
 
 def env_of(curve):
-    """Its canonical name, without 'popgym:', options that are not at their defaults, and a star or
-    a plus on a run with an earlier default."""
+    """Its canonical name, without 'popgym:', options that are not at their defaults, and marks on a
+    run with earlier defaults."""
     name = plots.look_up(curve.options["env"])[0].removeprefix("popgym:")
-    commit = curve.options.get("commit", "")
-    mark = " *" * commit.startswith(IN_NONE) + " +" * commit.startswith(IN_ALL)
-    return ", ".join([name, *plots.departures(curve.options).values()]) + mark
+    commit, explore = (curve.options.get(x) for x in ("commit", "explore_steps"))
+    marks = ["*"] * commit.startswith(IN_NONE) + ["+"] * commit.startswith(IN_ALL)
+    horizon = plots.environments.make_env(curve.options["env"]).horizon
+    if explore == 200_000 and 2000 * horizon > 1.05 * explore:
+        marks.append("\u00b0")
+    return " ".join([", ".join([name, *plots.departures(curve.options).values()]), *marks])
 
 
 def at(curve, i):
