@@ -64,12 +64,19 @@ def env_of(curve):
     """Its canonical name, without 'popgym:', options that are not at their defaults, and marks on a
     run with earlier defaults."""
     name = plots.look_up(curve.options["env"])[0].removeprefix("popgym:")
-    commit, explore = (curve.options.get(x) for x in ("commit", "explore_steps"))
-    marks = ["*"] * commit.startswith(IN_NONE) + ["+"] * commit.startswith(IN_ALL)
-    horizon = plots.environments.make_env(curve.options["env"]).horizon
-    if explore == 200_000 and 2000 * horizon > 1.05 * explore:
-        marks.append("\u00b0")
-    return " ".join([", ".join([name, *plots.departures(curve.options).values()]), *marks])
+    return ", ".join([name, *plots.departures(curve.options).values()]) + marks([curve])
+
+
+def marks(curves):
+    """Those of earlier defaults on any of these runs, each behind a space."""
+    found = set()
+    for curve in curves:
+        commit, explore = (curve.options.get(x, "") for x in ("commit", "explore_steps"))
+        horizon = plots.environments.make_env(curve.options["env"]).horizon
+        found |= {mark for mark, there in (
+            ("*", commit.startswith(IN_NONE)), ("+", commit.startswith(IN_ALL)),
+            ("\u00b0", explore == 200_000 and 2000 * horizon > 1.05 * explore)) if there}
+    return "".join(f" {mark}" for mark in sorted(found))
 
 
 def at(curve, i):
@@ -157,8 +164,8 @@ def spread(values):
 def ablations():
     """One row per experiment: what was taken away, and what is left after the last evaluation that
     all experiments in its environment have come to."""
-    header = ("environment", "taken away", "seeds", "env steps:", "return:", "success:",
-              "minutes each:")
+    header = ("environment", "taken away", "seeds", "env steps:", "updates:", "return:",
+              "success:", "minutes each:")
     rows = []
     for env, groups in plots.group(runs_in("ablations")).items():
         steps = min(curve.columns["env_steps"][-1] for members in groups.values()
@@ -166,9 +173,10 @@ def ablations():
         for label, members in groups.items():
             last = [(curve, curve.columns["env_steps"].searchsorted(steps, "right") - 1)
                     for curve in members]
-            rows.append([env, "nothing" if label in ("", "full") else label,
+            rows.append([env + marks(members), "nothing" if label in ("", "full") else label,
                          " ".join(sorted(str(curve.options["seed"]) for curve in members)),
                          f"{steps:,.0f}",
+                         f"{statistics.mean(x.columns['updates'][i] for x, i in last):,.0f}",
                          *(spread([curve.columns[name][i] for curve, i in last])
                            for name in ("return_mean", "success")),
                          minutes(statistics.mean(curve.columns["seconds"][i]

@@ -82,10 +82,10 @@ def test_readme_has_the_tables_that_it_must_have():
     assert {"options", "columns", "popgym", "positions", "worlds", "ablations"} <= set(HERE)
 
 
-def write_run(folder, rows, **options):
+def write_run(folder, rows, commit="abc", **options):
     """A run's config.json and log.csv; rows of env_steps, updates, seconds, return, success."""
     folder.mkdir(parents=True)
-    config = {**dataclasses.asdict(am.Config(**options)), "commit": "abc", "versions": {}}
+    config = {**dataclasses.asdict(am.Config(**options)), "commit": commit, "versions": {}}
     (folder / "config.json").write_text(json.dumps(config))
     names = "env_steps,updates,seconds,return_mean,success,return_std"
     (folder / "log.csv").write_text("\n".join([names, *(row + ",0.1" for row in rows)]) + "\n")
@@ -117,12 +117,15 @@ def test_tables_of_results_by_hand(tmp_path, monkeypatch, capsys):
 
     maze = dict(env="maze:7x7?goals=1")
     write_run(tmp_path / "ablations" / "a", ["0,0,0,.1,.1", "9,1,60,.2,.2", "99,9,99,1,1"], **maze)
-    write_run(tmp_path / "ablations" / "b", ["0,0,0,.1,.1", "8,1,120,.4,.6"], seed=1, **maze)
-    write_run(tmp_path / "ablations" / "c", ["7,1,60,.3,.3", "9,2,90,1,1"],
-              relabel="none", **maze)
+    write_run(tmp_path / "ablations" / "b", ["0,0,0,.1,.1", "8,2,120,.4,.6"], seed=1, **maze)
+    write_run(tmp_path / "ablations" / "c", ["7,3,60,.3,.3", "9,4,90,1,1"],
+              relabel="none", commit=tables.IN_ALL[0], explore_steps=200_000, **maze)
+    write_run(tmp_path / "ablations" / "d", ["8,3,60,.3,.3"], env="tmaze:300",
+              commit=tables.IN_NONE[0], explore_steps=200_000)
     assert tables.ablations().splitlines()[2:] == [           # at 8 steps, where run b ended
-        "| maze:7x7?goals=1 | nothing | 0 1 | 8 | .25 (.10 to .40) | .35 (.10 to .60) | 1.0 |",
-        "| maze:7x7?goals=1 | no relabeling | 0 | 8 | .30 | .30 | 1.0 |"]
+        "| maze:7x7?goals=1 | nothing | 0 1 | 8 | 1 | .25 (.10 to .40) | .35 (.10 to .60) | 1.0 |",
+        "| maze:7x7?goals=1 + | no relabeling | 0 | 8 | 3 | .30 | .30 | 1.0 |",
+        "| tmaze:300 * \u00b0 | nothing | 0 | 8 | 3 | .30 | .30 | 1.0 |"]
 
 
 @needs_readme
