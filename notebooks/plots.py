@@ -560,8 +560,8 @@ def plot_attention(weights, title="", path=None):
     bar = figure.colorbar(picture, ax=grid, shrink=0.6, ticks=(0, .01, .1, .25, .5, 1))
     bar.set_label("weight (scale: square root)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title + " " * bool(title) + "(below each head's name: a lag that it has on"
-                    " average more than .3 of its weight on)", fontsize=9)
+    figure.suptitle(title + " " * bool(title) + "(below each head's name: the lag that gets more"
+                    " than .3 of its weight, if there is one)", fontsize=9)
     return saved(figure, path)
 
 
