@@ -278,7 +278,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      'if text.lower() in ("true", "false"):', 'if text in ("true", "false"):',
      ENVS + "options_written_and_given"),
     ("meta episodes are different tasks", "envs.py",
-     "observation, _ = self.inner.reset(seed=self.episode)",
+     "observation, _ = self.inner.reset(seed=self.episode, options=self._options)",
      "observation, _ = self.inner.reset()", ENVS + "meta_repeats_one_task"),
     # relabeling
     ("goals in the order of drawing, not of time", AMAGO,

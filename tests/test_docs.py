@@ -20,6 +20,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 
 import amago_min as am  # noqa: E402 (after the path)
+import mutate  # noqa: E402
 from notebooks import tables  # noqa: E402
 
 PROGRAM = (FOLDER / "amago_min.py").read_text()
@@ -312,6 +313,12 @@ def test_functions_are_at_most_45_lines(name):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= (80 if node.name == "train" else 45), f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("bug, name, old", [row[:3] for row in mutate.MUTANTS])
+def test_mutations_can_be_made(bug, name, old):
+    """Catches a line that was changed since a mutation of it was written, before CI does."""
+    assert (FOLDER / name).read_text().count(old) == 1
 
 
 # ---- warnings ----
