@@ -94,7 +94,7 @@ class Config:
                                 " = the known maximum less 1 %%", words=("none", "auto"), free=True)
     out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
     eval_every: int = option(0, "env steps between evaluations, later a tenth of those so far; 0 ="
-                             " 1000, or a quarter of an evaluation's own", low=0, free=True)
+                             " 1000, or a quarter of one evaluation's", low=0, free=True)
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
@@ -102,7 +102,7 @@ class Config:
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
-    explore_steps: int = option(0, "noise fades over these; 0 = 2000 rollouts, >= 200 000", low=0)
+    explore_steps: int = option(0, "until when noise fades; 0 = 2000 rollouts, >= 200 000", low=0)
     context: int = option(1024, "longest rollout to learn from, and to remember while acting; of"
                          " longer ones, a random slice is learned", low=1)
     relabel: str = option("auto", "hindsight goals: none, some (a random number), all; auto = some,"

@@ -2790,8 +2790,8 @@ def output_folder(config):
     Raises UsageError if --out holds a run already: nobody's run is ever overwritten.
     """
     out = Path(config.out)
-    files = ("log.csv", "checkpoint.pt")
-    if config.out and any(os.path.exists(out / x) for x in files):    # as for names too long: no
+    files = ("log.csv", "checkpoint.pt")     # a name too long for a file does not exist either
+    if config.out and any(os.path.exists(out / x) for x in files):
         raise UsageError(f"--out {out} already holds a run; choose another folder")
     if not next(path for path in (out, *out.parents) if os.path.exists(path)).is_dir():
         raise UsageError(f"--out {out} cannot be a folder: there is a file in its place")

@@ -184,6 +184,8 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert am.main([*short, "--out", "a"]) == 2
     assert "--out a" in one_line(capsys) and contents(tmp_path) == before
+    (tmp_path / "a" / "log.csv").unlink()                    # what is left can still be resumed
+    assert am.main([*short, "--out", "a"]) == 2 and "--out a" in one_line(capsys)
 
 
 # ---- bad arguments ----

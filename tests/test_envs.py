@@ -682,6 +682,20 @@ def test_absent_gym_packages_name_their_command(monkeypatch, error, command):
     assert str(raised.value).endswith(command) and "\n" not in str(raised.value)
 
 
+def test_a_bug_of_a_constructor_is_shown_as_it_is(monkeypatch):
+    """Catches advice to install a package that is there, and a ValueError, which would become one
+    line about bad arguments that names nobody."""
+    def make(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(gymnasium, "make", make)
+    for error, kind in ((ImportError("cannot import name 'x' from 'numpy'"), ImportError),
+                        (ValueError("setting an array element"), RuntimeError)):
+        with pytest.raises(kind) as raised:
+            make_env("gym:CartPole-v1")
+        assert type(raised.value) is kind
+        assert raised.value is error or "gym:CartPole-v1" in str(raised.value)
+
+
 @pytest.mark.parametrize("mode", ["human", "rgb_array"])
 @pytest.mark.parametrize("wrapped", ["", "meta:"])
 def test_pictures_without_pygame_name_their_command(wrapped, mode, monkeypatch, capsys):

@@ -449,6 +449,7 @@ def test_render_refuses_before_it_plays(tmp_path):
         with pytest.raises(am.UsageError, match=message) as caught:
             plots.render(agent, None, tmp_path / name)       # no config: it cannot play
         assert "\n" not in str(caught.value)
+    assert plots.check_file(tmp_path / "a.GIF", (".gif",)) == tmp_path / "a.GIF"
 
 
 def test_commands_draw(tmp_path, monkeypatch, capsys):
@@ -561,6 +562,13 @@ def test_what_was_taken_away_is_in_the_label(tmp_path):
         "plan hidden", "any goal as good, tau 0.02"]
 
 
+def test_noise_over_200_000_steps_is_the_default_in_words():
+    """Catches a label on all runs that were made before 0 stood for it."""
+    assert plots.departures(dict(explore_steps=200_000)) == {} == plots.departures({})
+    assert plots.departures(dict(explore_steps=600_000)) == {
+        "explore_steps": "explore_steps 600000"}
+
+
 def test_every_run_is_found_once(tmp_path):
     """Catches runs that are left out, counted twice, and the shorter one of two."""
     def write(name, steps, **options):
@@ -570,6 +578,7 @@ def test_every_run_is_found_once(tmp_path):
     write("c", [0, 10], env=POPGYM, seed=1, env_steps=10, lr=1e-3)
     write("d", [0, 10], env=POPGYM, seed=0, env_steps=10, lr=2e-3)
     write("e", [0, 10])                                      # no config.json: no run of ours
+    write("f-earlier", [0, 10, 30], env=POPGYM, seed=1, env_steps=30, lr=1e-3)
     assert [run.name for run in plots.find_runs(tmp_path)] == ["b", "c", "d"]
 
 
@@ -617,11 +626,16 @@ def test_wilson_by_hand():
 def test_small_png_is_the_same_picture():
     """Catches a picture for notebooks that lost its size or its colours."""
     figure = plots.Figure(figsize=(4, 3), dpi=100)
-    figure.subplots().plot([0, 1], color=plots.COLOURS[1])
+    axes = figure.subplots()
+    for i, colour in enumerate(plots.COLOURS):
+        axes.plot([i, i + 1], color=colour, lw=3)
+    axes.imshow(np.linspace(0, 1, 10_000).reshape(100, 100), cmap="Greys", extent=(0, 3, 0, 9))
     with Image.open(plots.io.BytesIO(plots.small_png(figure))) as picture:
         assert picture.size == (400, 300) and picture.mode == "P"
         colours = np.array(picture.convert("RGB")).reshape(-1, 3)
-    assert (np.abs(colours.astype(int) - (213, 94, 0)).max(1) < 12).any()
+    for colour in plots.COLOURS:
+        red_green_blue = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(colours.astype(int) - red_green_blue).max(1) < 12).any(), colour
 
 
 # ---- keep.py ----

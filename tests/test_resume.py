@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 import zipfile
 
 import gymnasium
@@ -631,6 +632,31 @@ def test_an_environment_that_does_not_follow_its_seed_is_named():
         shard.restore(state)
 
 
+def test_a_first_save_that_fails_leaves_the_results(monkeypatch, capfd):
+    """Catches evaluations that are lost with the checkpoint, and a list of files that are not
+    there."""
+    def full(*_):
+        raise OSError("no space")
+    monkeypatch.setattr(am, "save_checkpoint", full)
+    assert am.main(train(POLE, 60, "--out", "run")) == 1
+    assert json.loads(pathlib.Path("run/eval.json").read_text())["env_steps"] == 60
+    files = capfd.readouterr().out.splitlines()[-1]
+    assert "eval.json" in files and "checkpoint.pt" not in files
+
+
+def test_a_resumed_run_lets_its_checkpoint_go():
+    """Catches a second copy of the replay buffer that stays until the run ends."""
+    assert am.main(train(POLE, 120, "--out", "run")) == 0
+    config, state = am.resumed_config({"env_steps": 180, "resume": "run"}, "run")
+    buffer = weakref.ref(state["processes"][0]["buffer"]["tokens"]["reward"])
+    act, there = am.Collector.act, set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(am.Collector, "act", lambda self: (there.add(buffer() is not None),
+                                                         act(self))[1])
+        am.train(config, state)
+    assert there == {False}
+
+
 # ---- several processes (T22) ----
 
 
@@ -863,6 +889,29 @@ def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
     what = {"nan": "reward is nan", "error": "ZeroDivisionError", "death": "worker"}
     assert what[wrong] in message
     assert am.load_checkpoint("run")[-1]["env_steps"] >= 29 * 5
+
+
+def test_a_worker_that_cannot_begin(monkeypatch):
+    """Catches a traceback, or a message of several lines, for an environment that only a worker
+    cannot build."""
+    def broken(*_):
+        raise TypeError("many\nlines")
+    forked_workers(monkeypatch)
+    monkeypatch.setattr(am.environments, "Shard", broken)
+    envs = am.environments.ParallelEnvs(POLE, np.arange(2), 2)
+    with pytest.raises(am.BrokenEnvironment, match="gym:CartPole.*: TypeError: many lines"):
+        envs.call("begin_all")
+
+
+def test_workers_are_started_deaf_to_ctrl_c(monkeypatch):
+    """Catches a Ctrl-C that ends workers with tracebacks while they import torch."""
+    handlers, start = [], am.environments.multiprocessing.context.ForkProcess.start
+    forked_workers(monkeypatch)
+    monkeypatch.setattr(am.environments.multiprocessing.context.ForkProcess, "start", lambda self: (
+        handlers.append(signal.getsignal(signal.SIGINT)), start(self))[1])
+    before = signal.getsignal(signal.SIGINT)
+    am.environments.ParallelEnvs(POLE, np.arange(2), 2).close()
+    assert handlers == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("moment", ["send", "receive"])

@@ -1039,6 +1039,15 @@ def test_mistakes_on_the_command_line(monkeypatch, capsys, arguments, fragment):
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and fragment in err
 
 
+def test_a_broken_environment_has_no_card(monkeypatch, capsys):
+    """Catches a traceback, and exit code 2, which blames the arguments."""
+    def broken(name):
+        raise envs.BrokenEnvironment(f"{name}: the reward is nan")
+    monkeypatch.setattr(envs, "print_card", broken)
+    code, out, err = run(monkeypatch, capsys, ["tmaze:5"])
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1 and "tmaze:5" in err
+
+
 def test_card_and_speed(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, ["delivery:30"])
     assert code == 0 and "vector 3 + instruction 4x2" in out
