@@ -732,8 +732,7 @@ class Agent(nn.Module):
 
             L = 10 L_TD + L_online + 0.1 L_offline
 
-        pair (2,): the critics that make the target; by default drawn at random.
-        """
+        pair (2,): the critics that make the target; by default drawn at random."""
         mask = batch["mask"]                                             # (B, T)
         tokens, token_mask = clean_padding(batch["tokens"], mask)        # (B, T+1, ...)
         action = tokens["action"][:, 1:]                                 # (B, T) or (B, T, A)
@@ -791,8 +790,7 @@ class Agent(nn.Module):
 def clean_padding(tokens, mask):
     """Zero every padded entry, whatever its value (NaN too), so that none can matter.
 
-    tokens (B, T+1, ...), mask (B, T) of transitions -> tokens, mask of tokens (B, T+1)
-    """
+    tokens (B, T+1, ...), mask (B, T) of transitions -> tokens, mask of tokens (B, T+1)"""
     token_mask = F.pad(mask, (1, 0), value=True)
     return each(lambda x: x.masked_fill(
         ~token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), 0), tokens), token_mask
@@ -897,8 +895,7 @@ class ReplayBuffer:
         """B rollouts drawn uniformly; of one longer than `context`, a random slice that long.
 
         -> dict(tokens=dict(obs=dict, action, reward, reset, time), each (B, T+1, ...),
-                done (B, T), mask (B, T)), on `device`. T is the longest of the B.
-        """
+                done (B, T), mask (B, T)), on `device`. T is the longest of the B."""
         rollouts = []
         for i in (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts):
             start, end = self.starts[i], self.starts[i] + self.lengths[i] + 1
@@ -955,8 +952,7 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
     show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
     scheme: some = a random number of missed goals, all = as many as can be, none.
-    rarity: a GoalRarity, to prefer goals that are rarely met; None = any step is as good.
-    """
+    rarity: a GoalRarity, to prefer goals that are rarely met; None = any step is as good."""
     goals = trajectory.obs["instruction"][0, :, 1:]                      # (K, W)
     k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
     reached = trajectory.achieved                                        # (T, M, W)
@@ -1149,8 +1145,7 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambd
     """Play whole episodes with the stochastic policy of the last gamma and no exploration noise
     -> the dict that `summary` in envs.py explains, its success NaN where none is reported.
     How many each environment plays is fixed beforehand: counting those that end first would favour
-    short ones. Same seed, same result; training's randomness is kept. None if stop() came true.
-    """
+    short ones. Same seed, same result; training's randomness is kept. None if stop() came true."""
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
     with torch.random.fork_rng([d for d in (agent.gammas.device,) if d.type == "cuda"]):
@@ -1186,6 +1181,7 @@ class Learner:
         self.agent, self.config, self.updates = agent, config, 0
         self.average = copy.deepcopy(agent).requires_grad_(False).eval()
         self.started = None                              # env steps when learning began
+        self.begun = None                                # an update that is not ended yet
         self.device = agent.gammas.device
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
@@ -1206,9 +1202,13 @@ class Learner:
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
+        Raises NonFiniteLoss, with the agent as it was before."""
+        info = self.begin_update(batch)
+        self.end_update()
+        return info
 
-        Raises NonFiniteLoss, with the agent as it was before.
-        """
+    def begin_update(self, batch):
+        """The first part of `update`, in which nothing waits for a GPU: up to the gradient."""
         before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
         # A function of the update's number, so that all processes draw the same pair of critics.
         rng = np.random.default_rng((self.config.seed, self.updates))
@@ -1220,7 +1220,15 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        if not torch.isfinite(loss + norm):              # the only wait for a GPU in an update
+        self.begun = batch, loss.detach(), norm, before
+        return info
+
+    def end_update(self):
+        """The second part, if there was a first: wait for the gradient, and take the step."""
+        if self.begun is None:
+            return
+        (batch, loss, norm, before), self.begun = self.begun, None
+        if not torch.isfinite(loss + norm):
             torch._foreach_copy_(list(self.agent.buffers()), before)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
@@ -1231,7 +1239,6 @@ class Learner:
         self.agent.update_targets(self.config.tau)
         self.updates += 1
         self.update_average()
-        return info
 
     @torch.no_grad()
     def update_average(self):
@@ -1243,6 +1250,7 @@ class Learner:
 
     def state(self):
         """For a checkpoint: what learns, what acts, and how far they have come."""
+        self.end_update()                                # if an environment broke in its middle
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
                     optimizer=self.optimizer.state_dict(), updates=self.updates,
                     started=self.started)
@@ -1281,14 +1289,6 @@ def sum_over_ranks(x):
         dist.all_reduce(total)
         x = total if torch.is_tensor(x) else total.item()
     return x
-
-
-def gather_on_rank_0(x):
-    """A list of every process's x in rank 0, None in the others."""
-    gathered = [x] * world_size()
-    if world_size() > 1:
-        dist.gather_object(x, gathered if process_rank() == 0 else None)
-    return gathered
 
 
 def train(config, saved=None):
@@ -1345,21 +1345,22 @@ def train(config, saved=None):
             with log.timer("learning"):
                 while sum_over_ranks(buffer.replayed) < owed:
                     batch = buffer.sample(config.batch, config.context, device)
-                    log.add(learner.update(batch))
-            # 4. End the step, and keep the rollouts that ended with it.
+                    learner.end_update()                      # a GPU worked on while we sampled
+                    log.add(learner.begin_update(batch))
+            # 4. End the step, and keep the rollouts that ended with it; then the last update.
             with log.timer("acting"):
                 for _, trajectory in collector.receive():
                     buffer.add(trajectory)
                     log.returns.append(float(trajectory.reward.sum()))
+            with log.timer("learning"):
+                learner.end_update()
             log.progress(collector.env_steps)
     raise KeyboardInterrupt("everything is saved; --resume continues")
 
 
 def hindsight(config, env, rng):
     """-> what ReplayBuffer takes to relabel what it draws: a function and a GoalRarity, or None."""
-    if not hasattr(env, "max_achieved"):
-        if config.relabel in ("some", "all"):
-            raise UsageError(f"--relabel {config.relabel}: {environments.no_hindsight(env)}")
+    if not environments.has_hindsight(env, config.relabel):
         return None, None
     rarity = GoalRarity() if config.importance else None
     scheme = "some" if config.relabel == "auto" else config.relabel
@@ -1380,7 +1381,9 @@ def save_run(folder, run, final=False, end=None):
                rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
     if torch.cuda.is_available():
         own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
-    processes = gather_on_rank_0(own)
+    processes = [own] * world_size()
+    if world_size() > 1:
+        dist.gather_object(own, processes if process_rank() == 0 else None)
     run["log"].saved_at = time.monotonic()
     if process_rank() == 0:
         state = dict(version=VERSION, config=dataclasses.asdict(learner.config),
@@ -1449,13 +1452,10 @@ def load_checkpoint(folder, device="cpu"):
 
 def resumed_config(given, folder):
     """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
-    UsageError for an option that may not change."""
+    UsageError for an option, or a number of processes, that may not change."""
     config, _, state = load_checkpoint(folder)
-    config = environments.changed_options(config, given)
-    if (n := len(state["processes"])) != int(os.environ.get("WORLD_SIZE", 1)):
-        how = f"{n} processes; resume it with as many" if n else "others: its agent alone was kept"
-        raise UsageError(f"{folder} was trained by {how}")
-    return config, state
+    environments.check_processes(folder, len(state["processes"]))
+    return environments.changed_options(config, given), state
 
 
 # ==================================================================================================
@@ -1463,9 +1463,9 @@ def resumed_config(given, folder):
 def parse_command_line(argv=None):
     """-> Config, and the checkpoint that it resumes or None. Raises UsageError."""
     values, given = read_command_line(Config, "amago_min.py", argv)
+    environments.check_together(given)
     if values["resume"]:
         return resumed_config(given, values["resume"])
-    environments.check_together(given)
     return Config(**values), None
 
 

@@ -914,12 +914,18 @@ class Instructed(World):
         return ", ".join(parts)
 
 
-def no_hindsight(env):
-    """Why goals of this environment cannot be relabeled, in words."""
-    space = env.observation_space
-    if isinstance(space, spaces.Dict) and "instruction" in space.spaces:
-        return f"relabeling does not go through meta:, as in {env.name}"
-    return f"{env.name} has no instructions"
+def has_hindsight(env, relabel="auto"):
+    """Whether the goals of this environment can be relabeled. UsageError, with the reason, if they
+    cannot and `relabel`, of --relabel, asks for it."""
+    if hasattr(env, "max_achieved"):
+        return True
+    if relabel in ("some", "all"):
+        space = env.observation_space
+        why = (f"relabeling does not go through meta:, as in {env.name}"
+               if isinstance(space, spaces.Dict) and "instruction" in space.spaces else
+               f"{env.name} has no instructions")
+        raise UsageError(f"--relabel {relabel}: {why}")
+    return False
 
 
 def goal_list(instruction):
@@ -2929,6 +2935,15 @@ def changed_options(config, given):
                              f" {getattr(config, name)!r}); these may: "
                              + ", ".join(map(flag_of, free)))
     return changed
+
+
+def check_processes(folder, number):
+    """UsageError unless this job has as many processes as the run in `folder`; an agent whose run
+    was thrown away has none."""
+    if number != int(os.environ.get("WORLD_SIZE", 1)):
+        raise UsageError(f"{folder} was trained by " + (
+            f"{number} processes; resume it with as many" if number else
+            "others: its agent alone was kept"))
 
 
 class Parser(argparse.ArgumentParser):

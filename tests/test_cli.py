@@ -142,6 +142,29 @@ def test_every_step_is_replayed_as_often_as_asked(tmp_path, monkeypatch):
     assert saved(tmp_path / "run")["learner"]["updates"] == (90 - 10) * 4 / 8   # 90 in the buffer
 
 
+def test_environments_step_while_an_update_is_computed(tmp_path, monkeypatch):
+    """Catches a GPU that is waited for with nothing else done meanwhile, and an update that is not
+    over when its agent acts, is evaluated or is saved: `*` is said by who comes in the middle."""
+    use(monkeypatch, Choice)
+    said, learners = [], []
+
+    def watch(owner, name):
+        def watched(*args, real=getattr(owner, name), **options):
+            learners.extend(x for x in args if isinstance(x, am.Learner))
+            said.append(name + "*" * (bool(learners) and learners[0].begun is not None))
+            return real(*args, **options)
+        monkeypatch.setattr(owner, name, watched)
+    for owner, name in ((am.Learner, "begin_update"), (am.ReplayBuffer, "sample"), (am, "evaluate"),
+                        (am.Collector, "act"), (am.Collector, "receive"), (am, "save_run")):
+        watch(owner, name)
+    assert am.main("--env probe --env-steps 60 --parallel-envs 10 --batch 8 --replay-ratio 2"
+                   " --episodes 1 --eval-every 20 --checkpoint-minutes 0 --out run".split()) == 0
+    told = " ".join(said[said.index("begin_update"):])
+    assert set(said) == {"begin_update", "sample", "sample*", "evaluate", "act", "receive",
+                         "receive*", "save_run"}
+    assert "begin_update sample* begin_update receive* save_run act" in told
+
+
 def test_training_never_sees_the_rollouts_of_evaluation(tmp_path, monkeypatch):
     """Catches an evaluation on the training's environments, with any two seeds."""
     use(monkeypatch, Choice)
@@ -331,7 +354,7 @@ def test_the_default_folder_has_a_name_that_can_be_typed(monkeypatch):
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0.\nDefaultCPUAllocator: can't allo"
                  "cate memory: you tried to allocate 400 bytes."),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")], ids=repr)
-@pytest.mark.parametrize("where, code", [("Learner.__init__", 2), ("Learner.update", 1)])
+@pytest.mark.parametrize("where, code", [("Learner.__init__", 2), ("Learner.begin_update", 1)])
 def test_too_little_memory(problem, where, code, monkeypatch, capsys):
     """Catches a traceback, files of a run that never was, and a run that is not saved."""
     def fail(*_):
@@ -501,13 +524,14 @@ def test_a_broken_environment_is_named(key, wrong, at, n_envs, monkeypatch, caps
 
 def until_broken(monkeypatch, tmp_path):
     """Train on `probe` until it breaks -> exit code, the saved state, states after each update"""
-    states, update = [], am.Learner.update
+    states, end_update = [], am.Learner.end_update
 
-    def record(self, batch):
-        info = update(self, batch)
-        states.append({name: x.clone() for name, x in self.agent.state_dict().items()})
-        return info
-    monkeypatch.setattr(am.Learner, "update", record)
+    def record(self):
+        begun = self.begun is not None
+        end_update(self)
+        if begun:
+            states.append({name: x.clone() for name, x in self.agent.state_dict().items()})
+    monkeypatch.setattr(am.Learner, "end_update", record)
     code = am.main(["--env", "probe", "--env-steps", "2000", "--batch", "8", "--parallel-envs", "8",
                     "--episodes", "1", "--eval-every", "10000", "--out", "run"])
     return code, saved(tmp_path / "run"), states
@@ -627,19 +651,20 @@ def test_control_c_waits_for_the_end_of_the_update(monkeypatch, tmp_path):
     """Catches an interrupt between the optimiser's step and the targets': weights saved by a run
     that was interrupted in its third update are those after it."""
     use(monkeypatch, Choice)
-    step, states = am.Learner.update, []
+    end_update, states = am.Learner.end_update, {}
 
-    def interrupted(self, batch):
-        if self.updates == 2:
+    def interrupted(self):
+        if self.updates == 2 and self.begun is not None:
             signal.raise_signal(signal.SIGINT)
-        info = step(self, batch)
-        states.append({name: x.clone() for name, x in self.agent.state_dict().items()})
-        return info
-    monkeypatch.setattr(am.Learner, "update", interrupted)
+        end_update(self)
+        states[self.updates] = {name: x.clone() for name, x in self.agent.state_dict().items()}
+    monkeypatch.setattr(am.Learner, "end_update", interrupted)
     assert am.main(["--env", "probe", "--env-steps", "2000", "--out", "run", *SMALL]) == 130
     state = saved(tmp_path / "run")
-    assert state["learner"]["updates"] == len(states) >= 3
-    assert all(torch.equal(state["learner"]["agent"][name], x) for name, x in states[-1].items())
+    updates = state["learner"]["updates"]
+    assert updates == max(states) >= 3
+    assert all(torch.equal(state["learner"]["agent"][name], x)
+               for name, x in states[updates].items())
 
 
 # ---- the console ----

@@ -194,9 +194,9 @@ def test_the_average_acts_and_is_saved(monkeypatch, tmp_path):
     """Catches a run whose learning agent acts, is evaluated, or is what --eval loads."""
     use(monkeypatch, Choice)
     learners, actors, act = [], set(), am.Agent.act
-    update = am.Learner.update
-    monkeypatch.setattr(am.Learner, "update", lambda self, batch: (
-        learners.append(self), update(self, batch))[1])
+    begin_update = am.Learner.begin_update
+    monkeypatch.setattr(am.Learner, "begin_update", lambda self, batch: (
+        learners.append(self), begin_update(self, batch))[1])
     monkeypatch.setattr(am.Agent, "act", lambda self, *rest: (actors.add(id(self)),
                                                               act(self, *rest))[1])
     folder = am.train(am.Config(env="probe", env_steps=100, replay_ratio=2., episodes=2,
@@ -214,10 +214,10 @@ def test_the_average_acts_and_is_saved(monkeypatch, tmp_path):
 def first_updates(monkeypatch, folder, seed):
     """Losses of the first updates and all actions of a training run."""
     losses, actions = [], []
-    update, act = am.Learner.update, am.Agent.act
+    begin_update, act = am.Learner.begin_update, am.Agent.act
 
     def record_update(self, batch):
-        info = update(self, batch)
+        info = begin_update(self, batch)
         losses.append(info["critic_loss"].item())
         return info
 
@@ -225,7 +225,7 @@ def first_updates(monkeypatch, folder, seed):
         actions.append(act(self, tokens, cache))
         return actions[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(am.Learner, "update", record_update)
+        patch.setattr(am.Learner, "begin_update", record_update)
         patch.setattr(am.Agent, "act", record_act)
         am.train(am.Config(env="gym:CartPole-v1?horizon=20", env_steps=200, parallel_envs=4,
                            episodes=2, seed=seed, out=str(folder)))

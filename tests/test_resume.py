@@ -217,7 +217,7 @@ def test_any_number_of_workers_gives_the_same_run():
 
 def interrupt(*numbers):
     """In the eighth update come these lists of signals, one list a second after the other."""
-    update = am.Learner.update
+    begin_update = am.Learner.begin_update
 
     def interrupted(self, batch):
         if self.updates == 7:
@@ -225,8 +225,8 @@ def interrupt(*numbers):
                 time.sleep(1.1 * (i > 0))
                 for each in number:
                     signal.raise_signal(each)
-        return update(self, batch)
-    am.Learner.update = interrupted
+        return begin_update(self, batch)
+    am.Learner.begin_update = interrupted
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGINT)],
@@ -531,13 +531,16 @@ def test_what_may_change_on_resume(monkeypatch, capsys):
     assert am.main(train("probe", 30, "--out", "run")) == 0
     before = contents(".")
     for option in ("--lr 0.5", "--env gym:CartPole-v1", "--gammas 0.5 0.9", "--seed 3",
-                   "--bootstrap-truncated", "--out elsewhere", "--eval run", "--batch=5"):
+                   "--bootstrap-truncated", "--out elsewhere", "--batch=5"):
         capsys.readouterr()
         assert am.main(["--resume", "run", *option.split()]) == 2
         message = one_line(capsys.readouterr().err)
         flag = option.split()[0].split("=")[0]
         assert f"{flag} may not change" in message and "--env-steps" in message
         assert "--lr" not in message.split("these may")[1]
+    for option in ("--eval run", "--render x.gif", "--instruction eat"):
+        assert am.main(["--resume", "run", *option.split()]) == 2
+        assert "--eval FOLDER" in one_line(capsys.readouterr().err)
     assert contents(".") == before
     assert am.main(["--resume", "run", "--env-steps", "60", "--seed", "0", "--batch", "4",
                     "--workers", "0", "--episodes", "3", "--device", "cpu"]) == 0
@@ -784,7 +787,7 @@ def test_a_process_that_ends_takes_the_other_along(how):
     """Catches a job that waits for ever for a process that died or whose environment broke."""
     def rank(number):
         if number == 1 and how == "dies":
-            call_at(am.Learner, "update", 5, lambda *_: os._exit(7))
+            call_at(am.Learner, "begin_update", 5, lambda *_: os._exit(7))
         if number == 1 and how == "breaks":
             call_at(am.environments.Shard, "check", 120, lambda self, i, _: (_ for _ in ()).throw(
                 self.broken(i, "it broke")))
@@ -804,11 +807,11 @@ sys.path.insert(0, {folder!r})
 import amago_min as am
 am.SIZES["nano"] = {size!r}
 if os.environ["RANK"] == "1":
-    def update(self, batch, update=am.Learner.update):
+    def update(self, batch, begin_update=am.Learner.begin_update):
         if self.updates == {last}:
             os._exit(7)
-        return update(self, batch)
-    am.Learner.update = update
+        return begin_update(self, batch)
+    am.Learner.begin_update = update
 sys.exit(am.main())
 """
 

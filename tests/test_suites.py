@@ -54,20 +54,20 @@ WORLDS = {     # name -> its parts that come to the network by ways of their own
 def watch(monkeypatch):
     """-> what a run that begins now fills: how often it relabeled a rollout; and for each weight
     that learns, whether a gradient ever came to it."""
-    seen, relabel, update = dict(relabeled=0, moved={}), am.relabel, am.Learner.update
+    seen, relabel, begin = dict(relabeled=0, moved={}), am.relabel, am.Learner.begin_update
 
     def watched_relabel(*given):
         seen["relabeled"] += 1
         return relabel(*given)
 
     def watched_update(learner, batch):
-        info = update(learner, batch)
+        info = begin(learner, batch)
         for name, p in learner.agent.named_parameters():
             if p.requires_grad:
                 seen["moved"][name] = seen["moved"].get(name, False) or bool(p.grad.abs().max() > 0)
         return info
     monkeypatch.setattr(am, "relabel", watched_relabel)
-    monkeypatch.setattr(am.Learner, "update", watched_update)
+    monkeypatch.setattr(am.Learner, "begin_update", watched_update)
     return seen
 
 
