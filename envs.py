@@ -91,7 +91,7 @@ def make_env(name, seed=None, **options):
         suite, rest, written = parse_name(name)
         env = SUITES[suite](rest, **{**written, **options})
     except ValueError as problem:
-        raise UsageError(problem) from problem
+        raise UsageError(" ".join(str(problem).split())) from problem
     if seed is not None:
         gymnasium.Env.reset(env, seed=seed)  # seeds env.np_random and nothing else
         env.first_seed = seed
@@ -174,6 +174,8 @@ def positive_int(name, key, value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"option {key!r} of {name!r} must be a whole number >= 1, not {value!r}")
+    if value > 10**12:
+        raise ValueError(f"option {key!r} of {name!r} is at most {10**12}, not {one_line(value)}")
     return int(value)
 
 
@@ -337,25 +339,26 @@ def action_decoder(space):
 
 def decode_discrete(table, action):
     """Number -> the raw env's number; KeyError or TypeError if it is not an action."""
-    return table[action.item() if isinstance(action, np.ndarray) else action]
+    return table[operator.index(action.item() if isinstance(action, np.ndarray) else action)]
 
 
 def decode_many(nvec, start, action):
     """Numbers counted from 0 -> in the shape and from the start that the raw env has; ValueError,
     or TypeError if one is not below its nvec."""
-    action = np.asarray(action, dtype=np.int64).ravel()
-    if len(action) != len(nvec) or (action < 0).any() or (action >= nvec).any():
+    action = np.asarray(action).ravel()
+    if (action.dtype.kind not in "iu" or len(action) != len(nvec) or (action < 0).any()
+            or (action >= nvec).any()):
         raise ValueError
     return action.reshape(start.shape) + start
 
 
 def decode_box(low, high, dtype, action):
-    """From [-1, 1], cut off there, to [low, high]; ValueError or TypeError for other shapes."""
+    """From [-1, 1] to [low, high]; ValueError or TypeError for anything else."""
     action = np.asarray(action, dtype=np.float64)
-    if action.shape != low.shape or np.isnan(action).any():
+    if action.shape != low.shape or not (np.abs(action) <= 1.0).all():  # NaN is not <=
         raise ValueError
     # the two-sided form hits both bounds exactly; low + part * (high - low) may miss one by an ulp
-    part = np.minimum(np.maximum(action, -1.0), 1.0) * 0.5 + 0.5
+    part = action * 0.5 + 0.5
     return (low * (1.0 - part) + high * part).astype(dtype)
 
 
@@ -612,7 +615,7 @@ def gym_spec(name):
     module, colon, name_there = name.rpartition(":")
     if colon and module.isidentifier():
         if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"'gym:{name}' needs the module {module}: there is no"
+            raise ModuleNotFoundError(f"{'gym:' + name!r} needs the module {module}: there is no"
                                       f" {module}.py beside amago_min.py, nor such a package")
         try:
             importlib.import_module(module)
@@ -676,7 +679,7 @@ def meta_env(name, **options):
 NEEDS = ("memory", "adaptation", "instructions")  # what an agent may need that plain RL lacks
 
 
-class Meta(gymnasium.Env):
+class Meta(Seeded):
     """k episodes of one sampled task glued into one rollout (RL^2, after Duan et al. 2016).
 
     The task is a seed drawn at reset; every inner episode starts from that seed, so the deck, the
@@ -703,14 +706,9 @@ class Meta(gymnasium.Env):
         if "random" in inner.references:
             self.references["random"] = episodes * inner.references["random"]
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        options = dict(options or {})
-        self.episode = options.pop("episode", None)          # the task's seed
-        if self.episode is None:
-            self.episode = int(self.np_random.integers(2**31))
+    def begin(self, seed, options):
         self._number, self._return, self._options = 1, 0.0, options or None
-        return self.inner.reset(seed=self.episode, options=self._options)
+        return self.inner.reset(seed=seed, options=self._options)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.inner.step(action)
@@ -1013,7 +1011,7 @@ def grid_size(suite, text, smallest):
 
 def road_length(suite, text, low, high):
     """'100' -> 100"""
-    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
+    number = int(text) if re.fullmatch("-?[0-9]{1,99}", text) else None
     length = clip(100 if number is None else number, low, high)
     if length != number:
         raise ValueError(f"unknown environment {suite + ':' + text!r}; the length is a whole number"
@@ -1359,7 +1357,7 @@ class Maze(Instructed):
         name = f"maze:{rows}x{columns}"
         check_options(name, options, [*self.DEFAULTS, "instruction"])
         options = {**self.DEFAULTS, **options}
-        goals = goal_limit(name, options["goals"])
+        goals = options["goals"] = goal_limit(name, options["goals"])
         for key in ("position", "rewired"):
             options[key] = flag(name, key, options[key])
         self.position_seen, self.rewired = options["position"], options["rewired"]
@@ -1424,7 +1422,7 @@ class Maze(Instructed):
         return {"vector": self.views[self.position].copy()}
 
     def parse_goal(self, text):
-        match = re.fullmatch(r"(?:travel|go) to \( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text)
+        match = re.fullmatch(r"(?:travel|go) to \( ?(-?[0-9]{1,9}) ?, ?(-?[0-9]{1,9}) ?\)", text)
         if not match:
             raise ValueError(f"unknown goal {shorten(text)}; nearest: travel to (1, 1), as row and "
                              "column")
@@ -1448,7 +1446,7 @@ class Maze(Instructed):
         number = {tuple(self.instruction[i]): i for i in order}
         for cell, i in number.items():
             fill_square(picture, *centre(cell, size), 0.5 * size, goal_colour(i, self.progress))
-        fill_disc(picture, *centre(self.position, size), 0.3 * size, AGENT)
+        fill_disc(picture, *centre(self.position, size), 0.45 * size, AGENT)
         for cell, i in number.items():
             write_digit(picture, *centre(cell, size), i + 1, size)
         return picture
@@ -1566,7 +1564,7 @@ class Delivery(Instructed):
                                    np.float32)}
 
     def parse_goal(self, text):
-        match = re.fullmatch("(?:deliver|travel|go) to ([0-9]{1,5})", text)
+        match = re.fullmatch("(?:deliver|travel|go) to (-?[0-9]{1,9})", text)
         if not match:
             raise ValueError(f"unknown goal {shorten(text)}; nearest: deliver to 7")
         cell = int(match[1])
@@ -1633,7 +1631,8 @@ def fill_square(picture, y, x, half, colour):
 
 
 def fill_disc(picture, y, x, radius, colour):
-    """In place."""
+    """In place, at least one pixel."""
+    radius = max(radius, 0.75)  # a pixel's centre is at most .71 away
     rows, columns = np.ogrid[:picture.shape[0], :picture.shape[1]]
     picture[(rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius ** 2] = colour
 
@@ -2155,8 +2154,9 @@ class CrafterInstructions(Instructed):
         check_options(name, options, ["goals", "horizon", "instruction", "obs"])
         goals = goal_limit(name, options.get("goals", 5))
         self.pixels, self.horizon, written = crafter_options(name, options)
-        if goals == 5:
-            written.pop("goals", None)
+        written.pop("goals", None)
+        if goals != 5:
+            written["goals"] = goals
         self.texts = {numbers: text for text, numbers in CRAFTER_GOALS.items()}
         self.set_up(name, written, goals, 3, len(CRAFTER_WORDS), **crafter_spaces(self.pixels))
         self.references = {"best": (1 + goals) / 2}
@@ -2207,7 +2207,7 @@ class CrafterInstructions(Instructed):
 
     def parse_goal(self, text):
         place = re.fullmatch(r"(travel to|go to|build at|place stone at) "
-                             r"\( ?(-?[0-9]{1,4}) ?, ?(-?[0-9]{1,4}) ?\)", text)
+                             r"\( ?(-?[0-9]{1,9}) ?, ?(-?[0-9]{1,9}) ?\)", text)
         if place:
             verb = place[1].replace("place stone", "build").replace("go to", "travel to")
             x, y = int(place[2]), int(place[3])
@@ -2971,7 +2971,7 @@ class Parser(argparse.ArgumentParser):
             kind = action.metavar or action.dest.upper()
             value = kind if "|" in kind else default or kind
             message += f"; such as {missing[1]} {value}"
-        raise UsageError(message)
+        raise UsageError(" ".join(message.split()))
 
 
 def whole_number(text):
@@ -3146,9 +3146,12 @@ def play(env, seed=None):
     if not keys:
         raise UsageError(f"{env.name} has no keys to play it with: its actions are "
                          f"{space_text(env.action_space)}")
-    names = " ".join("space" if key == " " else key for key in keys)
+    verbs = getattr(getattr(env, "game", None), "actions", {})  # crafter's own words
+    names = ", ".join(("space" if key == " " else key) + (f" {verbs[action]}" if verbs else "")
+                      for key, action in keys.items())
+    arrows = " (or arrows)" if {*"wad"} <= {*keys} else ""
     observation, _ = env.reset(seed=seed)
-    show_to_person(env, observation, f"keys: {names} (or arrows); q quits")
+    show_to_person(env, observation, f"keys: {names}{arrows}; q quits")
     total = steps = 0
     while typed := read_keys():
         for key in typed:
@@ -3205,7 +3208,7 @@ def read_keys():
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)  # keys arrive without Enter
-        typed = os.read(sys.stdin.fileno(), 100).decode(errors="ignore")
+        typed = os.read(sys.stdin.fileno(), 100).decode(errors="replace")
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
     for code, letter in zip("ABCD", "wsda"):

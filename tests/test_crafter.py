@@ -830,6 +830,7 @@ def test_playing_and_the_card(capsys, monkeypatch):
     assert envs.main(["crafter:instructions", "--instruction", PAGE[0], "--play"]) == 0
     shown = capsys.readouterr().out
     assert "[ ] collect sapling" in shown and "step 2 of at most 2000" in shown
+    assert "w move_up" in shown and "space do" in shown  # a person cannot guess 17 keys
     assert envs.main(["crafter:instructions", "--instruction", "eat cw"]) == 2
     assert "nearest: eat cow" in capsys.readouterr().err
     assert envs.main(["crafter:undirected"]) == 0

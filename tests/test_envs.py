@@ -205,11 +205,26 @@ def test_continuous_actions_are_rescaled_to_the_inner_bounds():
     raw = Recorder(spaces.Box(low, high))
     env = envs.Adapter(raw, "test", 10)
     assert env.action_space == spaces.Box(-1, 1, (2,), np.float32)
-    for action, expected in [([-1, -1], low), ([1, 1], high), ([-9, 9], [low[0], high[1]]),
-                             ([0, 0.5], [1.0, 0.55])]:
+    for action, expected in [([-1, -1], low), ([1, 1], high), ([0, 0.5], [1.0, 0.55])]:
         env.step(np.float32(action))
         assert raw.action.dtype == np.float32
         np.testing.assert_allclose(raw.action, expected, rtol=0 if abs(action[0]) >= 1 else 1e-6)
+
+
+@pytest.mark.parametrize("space, action", [
+    (spaces.Box(-3, 5, (2,)), np.float32([-9, 0])), (spaces.Box(-3, 5, (2,)), [0, np.inf]),
+    (spaces.Box(-3, 5, (2,)), [0, np.nan]), (spaces.Box(-3, 5, (2,)), [0]),
+    (spaces.Discrete(3), 3), (spaces.Discrete(3), 1.0), (spaces.Discrete(3), np.float32(1)),
+    (spaces.Discrete(3), -1), (spaces.Discrete(3), "1"),
+    (spaces.MultiDiscrete([2, 3]), 6), (spaces.MultiDiscrete([2, 3]), 1.5)], ids=repr)
+def test_actions_outside_their_space_change_nothing(space, action):
+    """Catches an action that is bent into the space: rounded, cut off, counted from the end."""
+    raw = Recorder(space)
+    env = envs.Adapter(raw, "test", 10)
+    raw.action = None
+    with pytest.raises(ValueError):
+        env.step(action)
+    assert raw.action is None
 
 
 @pytest.mark.parametrize("space", [spaces.Box(-np.inf, 1, (2,)), spaces.Box(-1, 1, (2, 2)),
@@ -631,6 +646,8 @@ def test_meta_references_and_names():
     ("gym:CartPole-v1?horizon=3&horizon=4", ["bad option 'horizon=4'"]),
     ("gym:CartPole-v1?horizon", ["bad option 'horizon'", "?key=value"]),
     ("meta:gym:CartPole-v1?episodes=0", ["'episodes'", "not 0"]),
+    ("meta:gym:CartPole-v1?episodes=" + 400 * "9", ["'episodes'", "at most 1000000000000", "..."]),
+    ("meta:meta:x\ny", ["meta inside meta"]),
     ("meta:popgm:RepeatFirst", ["unknown suite 'popgm'"]),
     ("meta:meta:gym:CartPole-v1", ["meta inside meta; nearest: meta:gym:CartPole-v1"]),
     ("", ["no 'suite:'"]), (":", ["unknown suite ''"]), ("popgym:", ["nearest: popgym:"]),
@@ -657,7 +674,8 @@ def test_options_written_and_given():
 @pytest.mark.parametrize("absent, name, command", [
     ("mazelib", "popgym:LabyrinthEscapeHard", "pip install mazelib==0.9.16"),
     ("popgym", "popgym:RepeatFirst", "pip install popgym==1.0.7"),
-    ("some_package", "gym:some_package:Env-v0", "no some_package.py .*, nor such a package")])
+    ("some_package", "gym:some_package:Env-v0", "no some_package.py .*, nor such a package"),
+    ("no_package", "gym:no_package:F\nB", "F.nB' needs .* nor such a package")])  # on one line
 def test_absent_packages_name_their_command(monkeypatch, absent, name, command):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",

@@ -538,7 +538,9 @@ def test_other_words_for_the_same(name, text, canonical):
     ("maze:7x7", [[1, 6]], ["(1, 6) is not inside"]), ("maze:7x7", [[0, 0]], ["unknown goal"]),
     ("maze:7x7", "travel to (1, 1)\n" * 99, ["..."]),
     ("delivery:30", "deliver to 30", ["cells are 1 to 29; nearest: deliver to 29"]),
-    ("delivery:30", "deliver to 0", ["cell 0"]), ("delivery:30", [[-1]], ["unknown goal"]),
+    ("delivery:30", "deliver to 0", ["cell 0"]), ("delivery:30", [[-1]], ["cell -1"]),
+    ("delivery:30", "deliver to 123456", ["cells are 1 to 29; nearest: deliver to 29"]),
+    ("maze:7x7", "go to (-1, 99999)", ["(-1, 99999) is not inside", "travel to (1, 5)"]),
     ("delivery:30", "deliver 7", ["unknown goal 'deliver 7'; nearest: deliver to 7"]),
     ("delivery:30", "deliver to 1 x5", ["1 to 4 goals, not 5"])])
 def test_impossible_instructions(name, instruction, fragments):
@@ -956,6 +958,20 @@ def test_pictures(name):
     assert not np.array_equal(env.render(), picture)  # the agent is seen to move
 
 
+@pytest.mark.parametrize("name", ["maze:31x31", "maze:101x101", "maze:127x127", "darkkey:128x128",
+                                  "delivery:600"])
+def test_the_agent_is_seen_in_large_pictures(name):
+    """Catches discs that fall between the pixels, and an agent hidden by the digit of its goal."""
+    env = make_env(name, seed=0)
+    env.reset()
+    assert (env.render() == envs.AGENT).all(-1).any()
+    if name == "maze:31x31":
+        row, column = env.position
+        env.reset(seed=0, options={"instruction": f"travel to ({row}, {column})"})
+        env.position = (row, column)
+        assert (env.render() == envs.AGENT).all(-1).sum() >= 8
+
+
 @pytest.mark.parametrize("name, text, progress", [
     ("maze:7x7", "go to (1, 1), go to (5, 1), go to (1, 1)", 2),
     ("delivery:30", "deliver to 7 x2", 1)])
@@ -1017,6 +1033,7 @@ def test_play(monkeypatch, capsys):
                         ("popgym:RepeatFirst", "0123"), ("gym:CartPole-v1", "01q")]:
         code, out, err = run(monkeypatch, capsys, [name, "--play"], typed)
         assert (code, err) == (0, "") and "step 2" in out
+        assert ("(or arrows)" in out) == (name[0] in "dt"), name  # those that move
     # the keys, and the instruction, of the environment inside
     code, out, err = run(monkeypatch, capsys, ["meta:maze:7x7?goals=1", "--play"], "wwq")
     assert (code, err) == (0, "") and "key 'w'" in out and "[ ] travel to (" in out
@@ -1027,6 +1044,7 @@ def test_play(monkeypatch, capsys):
     (["maze:7x7", "--instruction", "travel to (9, 9)"], "(9, 9) is not inside maze:7x7"),
     (["popgym:RepeatFirst", "--instruction", "travel to (9, 9)"], "has no instructions"),
     (["maze:7x7", "--pley"], "unknown option --pley; nearest: --play"),
+    (["maze:7x7", "--pl\ney"], "unknown option"), (["maze:7x7", "a\nb"], "unknown option a b"),
     (["maze:7x7", "--seed", "x"], "--seed: 'x' is not a whole number"),
     (["maze:7x7", "--seed", "-1", "--play"], "--seed -1"), (["maze:7x7", "word"], "word"),
     (["maze:7x7", "--play", "--seed"], "--seed"), (["maze:7x7", "--instruction"], "--instruction"),
@@ -1076,6 +1094,7 @@ def test_card_and_speed(monkeypatch, capsys):
     ("darkkey:9x9?fixed_start=maybe", ["'fixed_start'", "not 'maybe'"]),
     ("darkkey:9x9?fixed=1", ["nearest: fixed_start"]),
     ("tmaze:0", ["1 to 100000", "nearest: tmaze:1"]), ("tmaze:100001", ["nearest: tmaze:100000"]),
+    ("tmaze:-5", ["nearest: tmaze:1"]), ("tmaze:999999999999", ["nearest: tmaze:100000"]),
     ("tmaze:1e3", ["'tmaze:1e3'"]), ("wind:strong", ["'wind:strong'; nearest: wind:"]),
     ("wind:?a=1", ["it takes none"]), ("cheetah:dir", ["nearest: cheetah:vel"])])
 def test_mistakes_name_the_nearest_right_choice(name, fragments):
