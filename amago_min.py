@@ -994,16 +994,16 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
 # ==================================================================================================
 # 9. Rollouts and exploration ([1] App. A.2, Fig. 13)
 class Exploration:
-    """The randomised bi-level epsilon schedule; half of the rollouts have it late, or not at all.
+    """The randomised bi-level epsilon schedule, which in half of the rollouts begins late.
 
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
-        m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(-1, 1), L the length of the last rollout
+        m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
     e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps, 0 = 2000 of the
     longest rollouts: noise fades over training, and within a rollout, whose late steps need an
-    early part played well. A late b tries something new after that; half of them come after the
-    end: what is the policy worth alone?
-    Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1)."""
+    early part that was played well. A late b tries something new with all before it played well.
+    Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
+    """
 
     def __init__(self, spec, n_envs, anneal, rng):
         self.spec, self.anneal, self.rng = spec, anneal or max(200_000, 2000 * spec.horizon), rng
@@ -1012,7 +1012,7 @@ class Exploration:
     def draw(self, length):
         """length (n,) -> (2, n): m and b of n rollouts"""
         multiplier, late, u = self.rng.uniform(size=(3, len(length)))
-        return np.stack([multiplier, (late < 0.5) * (length - length ** (2 * u - 1))])
+        return np.stack([multiplier, (late < 0.5) * (length - length ** u)])
 
     def epsilon(self, time, env_steps):
         """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""

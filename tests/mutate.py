@@ -244,8 +244,6 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      DATA + "noise_that_begins_late"),
     ("noise never begins late", AMAGO, "(late < 0.5)", "(late < 0.0)",
      DATA + "where_noise_begins"),
-    ("every rollout ends with noise", AMAGO, "length ** (2 * u - 1)", "length ** u",
-     DATA + "where_noise_begins"),
     ("evaluation prefers short episodes", AMAGO,
      "if left[i] > 0:", "if True:",
      DATA + "short_episodes_do_not_count_more"),
