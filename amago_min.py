@@ -54,7 +54,7 @@ from envs import (BrokenEnvironment, GoalRarity, Log, MachineError, NonFiniteLos
                   blame, catch_signals, check_options_of, each, keep_freed_memory, option,
                   read_command_line, report_disk_trouble, say)
 
-VERSION = 3    # of checkpoints
+VERSION = 4    # of checkpoints
 # ==================================================================================================
 # 1. Config
 #    One dataclass is the only place where an option lives: its fields are the command line's flags,
@@ -414,8 +414,8 @@ class TimestepEncoder(nn.Module):
     The vector part is [reset flag, previous reward, time / horizon, previous action, observation],
     normalised by RunningNorm. The previous action is one-hot (zeros at the start of the rollout).
     A picture goes through a small CNN; a map of textures, and an instruction, through an embedding
-    per word and a linear layer that sees all in order. hide_plan: the active goal is the last seen.
-    """
+    per word and a linear layer that sees all in order. The active goal stands once more in front,
+    as which of K places to look at is learned slowly; with hide_plan it stands there alone."""
 
     def __init__(self, spec, width, hidden, hide_plan=False):
         super().__init__()
@@ -430,7 +430,9 @@ class TimestepEncoder(nn.Module):
             self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * pixels, hidden),
                                        nn.LayerNorm(hidden))
             d_in += hidden
-        for name, words in (("texture", spec.texture), ("instruction", spec.instruction)):
+        K, *word = spec.instruction or (0,)
+        for name, words in (("texture", spec.texture),
+                            ("instruction", K and (1 if hide_plan else K + 1, *word))):
             if words:
                 *shape, vocabulary = words
                 setattr(self, name, nn.Sequential(
@@ -459,8 +461,8 @@ class TimestepEncoder(nn.Module):
             parts.append(self.texture(tokens["obs"]["texture"].int()))
         if spec.instruction:
             words = tokens["obs"]["instruction"]                         # (B, T, K, 1 + W)
-            if self.hide_plan:
-                words = words * (words[..., :1] != environments.WAITING)
+            active = (words * (words[..., :1] == environments.ACTIVE)).sum(2, keepdim=True)
+            words = active if self.hide_plan else torch.cat([active, words], 2)
             parts.append(self.instruction(words))
         return self.mlp(torch.cat(parts, dim=-1))
 
@@ -847,8 +849,7 @@ class ReplayBuffer:
     All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
     one slice per rollout and array, with no Python loop over time steps.
     relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
-    rarity: a GoalRarity, which counts the goals of every rollout that comes in.
-    """
+    rarity: a GoalRarity, which counts the goals of every rollout that comes in."""
 
     def __init__(self, spec, capacity, rng, relabel=None, rarity=None):
         self.spec, self.capacity, self.rng = spec, capacity, rng
@@ -1002,8 +1003,7 @@ class Exploration:
     e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps, 0 = 2000 of the
     longest rollouts: noise fades over training, and within a rollout, whose late steps need an
     early part that was played well. A late b tries something new with all before it played well.
-    Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1).
-    """
+    Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1)."""
 
     def __init__(self, spec, n_envs, anneal, rng):
         self.spec, self.anneal, self.rng = spec, anneal or max(200_000, 2000 * spec.horizon), rng

@@ -359,7 +359,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "return shaped / shaped.sum() if shaped.sum() > 0", "return shaped / shaped.sum() if True",
      RELABEL + "shapings_equal_plain_python"),
     ("the active goal is hidden, not the plan", AMAGO,
-     "!= environments.WAITING)", "!= environments.ACTIVE)", RELABEL + "a_hidden_plan_is_hidden"),
+     "== environments.ACTIVE)", "== environments.WAITING)", RELABEL + "a_hidden_plan_is_hidden"),
     ("memory reaches one step further", AMAGO,
      "triu(1 - self.memory)", "triu(-self.memory)",
      RELABEL + "memory_is_a_window_in_every_layer"),

@@ -544,8 +544,8 @@ def random_tokens(T, rollouts=2):
 
 @pytest.mark.parametrize("hide", [True, False])
 def test_a_hidden_plan_is_hidden(hide):
-    """Catches --hide-plan without effect, or one that still tells how many goals there are, or
-    that hides more than the goals that wait."""
+    """Catches --hide-plan without effect, or one that still tells how many goals there are or were,
+    or that hides the current one."""
     torch.manual_seed(0)
     agent, tokens = am.Agent(SPEC, am.Config(hide_plan=hide)).eval(), random_tokens(4)
 
@@ -558,7 +558,7 @@ def test_a_hidden_plan_is_hidden(hide):
 
     def other_goal(words):
         return torch.cat([words[..., :1], words[..., 1:] % 10 + 1], -1)
-    assert [depends_on(slot, other_goal) for slot in range(3)] == [True, True, not hide]
+    assert [depends_on(slot, other_goal) for slot in range(3)] == [not hide, True, not hide]
     assert depends_on(2, torch.zeros_like) != hide
 
 
