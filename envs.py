@@ -1424,8 +1424,8 @@ class Maze(Instructed):
     def parse_goal(self, text):
         match = re.fullmatch(r"(?:travel|go) to \( ?(-?[0-9]{1,9}) ?, ?(-?[0-9]{1,9}) ?\)", text)
         if not match:
-            raise ValueError(f"unknown goal {shorten(text)}; nearest: travel to (1, 1), as row and "
-                             "column")
+            raise ValueError(f"unknown goal {shorten(text)} in {self.name}; nearest: travel to "
+                             "(1, 1), as row and column")
         row, column = map(int, match.groups())
         inside = clip(row, 1, self.rows - 2), clip(column, 1, self.columns - 2)
         if (row, column) != inside:
@@ -1566,7 +1566,7 @@ class Delivery(Instructed):
     def parse_goal(self, text):
         match = re.fullmatch("(?:deliver|travel|go) to (-?[0-9]{1,9})", text)
         if not match:
-            raise ValueError(f"unknown goal {shorten(text)}; nearest: deliver to 7")
+            raise ValueError(f"unknown goal {shorten(text)} in {self.name}; nearest: deliver to 7")
         cell = int(match[1])
         if not 1 <= cell < self.length:
             raise ValueError(f"there is no delivery to cell {cell} of {self.name}: cells are 1 to "
@@ -2219,7 +2219,8 @@ class CrafterInstructions(Instructed):
                 raise ValueError(f"{problem}; nearest to ({x}, {y}): {verb} ({near[0]}, {near[1]})")
         if text not in CRAFTER_GOALS:
             known = [goal for goal in CRAFTER_GOALS if "(" not in goal or "(30, 30)" in goal]
-            raise ValueError(f"unknown goal {shorten(text)}; {nearest(text[:60], known)}")
+            raise ValueError(f"unknown goal {shorten(text)} in {self.name}; "
+                             + nearest(text[:60], known))
         return CRAFTER_GOALS[text]
 
     def format_goal(self, goal):

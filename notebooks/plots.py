@@ -299,11 +299,15 @@ def goals_at(trajectory, env, t):
 
 
 def goal_steps(trajectory, env):
-    """One line for each goal of the instruction: what it asks for, the step that did it."""
-    done = (np.flatnonzero(trajectory.reward) + 1).tolist()
+    """One line for each goal of the instruction: what it asks for, the step that did it; in meta:
+    one step for each inner episode that came so far."""
+    paid = np.flatnonzero(trajectory.reward)
+    begins = np.flatnonzero(trajectory.reset[1:-1])                  # of later inner episodes
+    attempts = np.split(paid + 1, np.searchsorted(paid, begins + 1))
     texts = [text for _, text in goals_at(trajectory, env, 0)]
-    return "".join(f"\n  {text}: {f'done at step {done[k]}' if k < len(done) else 'not done'}"
-                   for k, text in enumerate(texts))
+    steps = [", ".join(str(x[k]) for x in attempts if k < len(x)) for k in range(len(texts))]
+    return "".join(f"\n  {text}: {f'done at step {when}' if when else 'not done'}"
+                   for text, when in zip(texts, steps))
 
 
 @functools.cache

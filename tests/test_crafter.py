@@ -768,8 +768,8 @@ def test_instructions_survive_text(goals):
 
 
 @pytest.mark.parametrize("text, fragments", [
-    ("collect wod", ["'collect wod'; nearest: collect wood"]),
-    ("place plamt x2", ["'place plamt'; nearest: place plant"]),
+    ("collect wod", ["'collect wod' in ", "; nearest: collect wood"]),
+    ("place plamt x2", ["'place plamt' in ", "; nearest: place plant"]),
     ("make stone axe", ["nearest: make stone pickaxe"]),
     ("travel to (70, 10)", ["(70, 10) is outside of the map", "0 to 63", "travel to (60, 10)"]),
     ("build at (-5, 10)", ["(-5, 10) is outside of the map", ": build at (0, 10)"]),
@@ -778,7 +778,7 @@ def test_instructions_survive_text(goals):
     ("travel to 10, 10", ["nearest: travel to (30, 30)"]),
     ("eat cow x6", ["1 to 5 goals, not 6"]),
     (", ".join(["eat cow"] * 6), ["1 to 5 goals, not 6"]),
-    ("eat cow x0", ["'eat cow x0'; nearest: eat cow"]),
+    ("eat cow x0", ["'eat cow x0' in ", "; nearest: eat cow"]),
     ("", ["unknown goal ''"]), ("eat cow,", ["unknown goal ''"]),
     (np.array([[1, 2, 3]]), ["no goal", "(1, 2, 3)"]), (np.array([[-1, 2, 3]]), ["(-1, 2, 3)"]),
     (np.zeros((1, 2), int), ["shape (goals, 3)"]), (7, ["not '7'"]), (np.zeros((0, 3), int), [""])])

@@ -430,11 +430,15 @@ def test_goal_steps_of_the_episode_that_is_drawn(tmp_path, monkeypatch, capsys):
     name = "maze:5x5?goals=2"
     save_run(tmp_path / "run", name, agent_for(am.environments.make_env(name)))
     trajectory = types.SimpleNamespace(
-        reward=np.float32([0, 0, 1, 0]), success=0.0,
+        reward=np.float32([0, 0, 1, 0]), success=0.0, reset=np.arange(5) == 0,
         obs={"instruction": np.int32([[[2, 1, 3], [1, 3, 2], [0, 0, 0]]] * 5)})
     env = am.environments.make_env(name)
     assert plots.goal_steps(trajectory, env).splitlines() == [
         "", "  travel to (1, 3): done at step 3", "  travel to (3, 2): not done"]
+    trajectory.reset[3] = True  # another attempt begins after the third step: meta
+    trajectory.reward[3] = 1
+    assert plots.goal_steps(trajectory, env).splitlines() == [
+        "", "  travel to (1, 3): done at step 3, 4", "  travel to (3, 2): not done"]
     assert am.main(["--eval", "run", "--episodes", "2", "--render", "a.gif"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("a.gif: ") and said[1].startswith("  travel to (")

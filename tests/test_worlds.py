@@ -525,7 +525,7 @@ def test_other_words_for_the_same(name, text, canonical):
 
 
 @pytest.mark.parametrize("name, instruction, fragments", [
-    ("maze:7x7", "travel too (1, 1)", ["'travel too (1, 1)'; nearest: travel to (1, 1)"]),
+    ("maze:7x7", "travel too (1, 1)", ["' in maze:7x7; nearest: travel to (1, 1)"]),
     ("maze:7x7", "", ["unknown goal ''"]), ("maze:7x7", ",", ["unknown goal ''"]),
     ("maze:7x7", "travel to (0, 1)", ["(0, 1) is not inside maze:7x7", "rows are 1 to 5"]),
     ("maze:7x9", "travel to (70, 1)", ["columns 1 to 7; nearest: travel to (5, 1)"]),
@@ -541,7 +541,7 @@ def test_other_words_for_the_same(name, text, canonical):
     ("delivery:30", "deliver to 0", ["cell 0"]), ("delivery:30", [[-1]], ["cell -1"]),
     ("delivery:30", "deliver to 123456", ["cells are 1 to 29; nearest: deliver to 29"]),
     ("maze:7x7", "go to (-1, 99999)", ["(-1, 99999) is not inside", "travel to (1, 5)"]),
-    ("delivery:30", "deliver 7", ["unknown goal 'deliver 7'; nearest: deliver to 7"]),
+    ("delivery:30", "deliver 7", ["goal 'deliver 7' in delivery:30; nearest: deliver to 7"]),
     ("delivery:30", "deliver to 1 x5", ["1 to 4 goals, not 5"])])
 def test_impossible_instructions(name, instruction, fragments):
     env = make_env(name)
