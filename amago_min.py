@@ -638,10 +638,8 @@ def td_targets(reward, done, next_value, gammas):
 
 
 def critic_loss(q, target, mask):
-    """Mean squared TD error, both sides normalised by PopArt.
-
-    q (B, T, C, G), target (B, T, G), mask (B, T) -> scalar
-    """
+    """Mean squared TD error, both sides normalised by PopArt, over the real steps.
+    q (B, T, C, G), target (B, T, G), mask (B, T) -> scalar"""
     return masked_mean((q - target.unsqueeze(2)) ** 2, mask)
 
 
@@ -1000,13 +998,13 @@ class Exploration:
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
         m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
-    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps, 0 = 2000 of the
-    longest rollouts: noise fades over training, and within a rollout, whose late steps need an
-    early part that was played well. A late b tries something new with all before it played well.
+    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps, 0 = 2000 rollouts
+    as long as those so far: noise fades over training, and within a rollout, whose late steps need
+    an early part that was played well. A late b tries something new with all before it played well.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1)."""
 
     def __init__(self, spec, n_envs, anneal, rng):
-        self.spec, self.anneal, self.rng = spec, anneal or max(200_000, 2000 * spec.horizon), rng
+        self.spec, self.anneal, self.rng, self.begun = spec, anneal, rng, n_envs * world_size()
         self.plan = self.draw(np.full(n_envs, spec.horizon))
 
     def draw(self, length):
@@ -1016,7 +1014,7 @@ class Exploration:
 
     def epsilon(self, time, env_steps):
         """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""
-        done = min(1.0, env_steps / self.anneal)
+        done = min(1, env_steps / (self.anneal or max(200_000, 2000 * env_steps / self.begun)))
         start, end = 1.0 + (0.05 - 1.0) * done, 0.8 + (0.01 - 0.8) * done
         multiplier, begin = self.plan
         fade = (time - begin) / self.spec.horizon
@@ -1034,6 +1032,7 @@ class Exploration:
     def reset(self, ended, length):
         """Draw anew where `ended` (N,) is True: a rollout of length (N,) is over, one begins."""
         self.plan[:, ended] = self.draw(length[ended])
+        self.begun += int(ended.sum()) * world_size()
 
 
 class Collector:
@@ -1122,9 +1121,10 @@ class Collector:
         if self.waiting:
             return dict(env_steps=self.env_steps)
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
-                    env_steps=self.env_steps, noise=self.exploration.plan,
-                    keys=self.cache.keys, values=self.cache.values, length=self.cache.length,
-                    envs=json.dumps(self.envs.call("state")), episode=json.dumps(self.episode))
+                    env_steps=self.env_steps, envs=json.dumps(self.envs.call("state")),
+                    noise=self.exploration.plan, begun=self.exploration.begun,
+                    episode=json.dumps(self.episode),
+                    keys=self.cache.keys, values=self.cache.values, length=self.cache.length)
 
     def restore(self, state):
         """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
@@ -1133,7 +1133,7 @@ class Collector:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
             self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
-            self.exploration.plan = state["noise"].numpy()
+            self.exploration.plan, self.exploration.begun = state["noise"].numpy(), state["begun"]
             self.cache.keys.copy_(state["keys"])
             self.cache.values.copy_(state["values"])
             self.cache.length = state["length"].numpy()

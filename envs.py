@@ -23,7 +23,7 @@ What an agent may rely on, whatever the name:
     env.episode     plain data; reset(options={"episode": it}) begins the same episode again
 
 With instructions, observations are {"vector": (D,), "instruction": int32 (K, 1 + W)}: Instructed.
-Crafter has "texture": uint8 (63,) too, tiles by number, up to the space's high.
+Crafter has "texture": uint8 (64,) too, tiles by number, up to the space's high.
 
 Sections: 1 names and errors; 2 spaces; 3 the adapter; 4 popgym; 5 gymnasium; 6 meta; 7 own worlds
 and instructions; 8 memory and meta-RL worlds; 9 instruction worlds; 10 pictures; 11 crafter;
@@ -1866,11 +1866,12 @@ class CrafterGame:
                        for i, j in zip(*map(np.ndarray.tolist, np.nonzero(beings)))]
 
     def tiles(self):
-        """The screen row by row, numbers of TILES: uint8 (63,)."""
+        """The screen row by row, then the tile that is faced, numbers of TILES: uint8 (64,)."""
         shown, beings = self.screen()
         for cell, name in beings:
             shown[cell] = self.TILE_NUMBER[name]
-        return shown.T.ravel()
+        x, y = self.player.facing
+        return np.append(shown.T.ravel(), shown[4 + x, 3 + y])
 
     def look(self, pixels):
         """The observation, as a picture or as tiles, without the instruction."""
@@ -2044,7 +2045,8 @@ class CrafterUndirected(World):
     Rules        See crafter's paper. +1 for a step with an achievement that is new in the episode,
                  and .1 per point of health won or lost.
     Observation  texture: the 9 x 7 tiles on the screen row by row, as numbers of CrafterGame.TILES
-                 (by night too, when a person sees little);
+                 (by night too, when a person sees little), and once more the one that is faced,
+                 which "do" is about: to find it by its direction is learned slowly;
                  vector: facing x, y; the 16 entries of the inventory / 10, health, food, drink and
                  energy first; (x - 30) / 60, (y - 30) / 60; daylight
     Actions      nothing, left, right, up, down, do (collect, hit, eat, drink), sleep, place stone,
@@ -2105,7 +2107,7 @@ def crafter_spaces(pixels):
     low[18:20], high[18:20] = -0.5, 0.55  # place
     high[20] = 1                         # daylight
     shown = ({"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)} if pixels else
-             {"texture": spaces.Box(0, len(CrafterGame.TILES) - 1, (63,), np.uint8)})
+             {"texture": spaces.Box(0, len(CrafterGame.TILES) - 1, (64,), np.uint8)})
     return {**shown, "vector": spaces.Box(low, high)}
 
 

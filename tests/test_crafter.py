@@ -297,19 +297,25 @@ def test_tiles_are_what_is_on_the_screen():
     plant = objects.Plant(game.world, (33, 31))
     plant.grown = 400
     for being in (plant, objects.Plant(game.world, (31, 31)),
-                  objects.Arrow(game.world, (1, 1), (0, -1)), objects.Cow(game.world, (28, 35))):
+                  objects.Arrow(game.world, (1, 1), (0, -1)), objects.Cow(game.world, (32, 33))):
         if game.world[being.pos][1]:
             game.world.remove(game.world[being.pos][1])
         add(being)
-    seen = set()
+    seen, fronts = set(), set()
     for x, y in places_to_look_from(game):
-        tiles = game.tiles().reshape(7, 9)
+        tiles = game.tiles()[:63].reshape(7, 9)
         for row, column in itertools.product(range(7), range(9)):
             cell = (x + column - 4, y + row - 3)
             material, being = game.world[cell]
             shown = being.texture if being else material or "outside"
             assert CrafterGame.TILES[tiles[row, column]] == shown
             seen.add(shown)
+        for game.player.facing in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            material, being = game.world[game.player.pos + game.player.facing]
+            shown = being.texture if being else material or "outside"
+            assert CrafterGame.TILES[game.tiles()[63]] == shown
+            fronts.add(shown)
+    assert len(fronts) >= 5
     assert seen >= {"outside", "plant", "plant-ripe", "arrow-up", "cow", "player-down", "grass"}
     names = {path.stem for path in (crafter.constants.root / "assets").glob("*.png")}
     assert set(CrafterGame.TILES[1:]) <= names
@@ -834,5 +840,5 @@ def test_playing_and_the_card(capsys, monkeypatch):
     assert envs.main(["crafter:instructions", "--instruction", "eat cw"]) == 2
     assert "nearest: eat cow" in capsys.readouterr().err
     assert envs.main(["crafter:undirected"]) == 0
-    assert "texture 63 + vector 21" in capsys.readouterr().out
+    assert "texture 64 + vector 21" in capsys.readouterr().out
     assert sorted(make_env("crafter:undirected").keys.values()) == list(range(17))

@@ -375,14 +375,17 @@ def test_epsilon(time, env_steps, epsilon):
     assert noise.epsilon(np.array([time]), env_steps) == pytest.approx(0.5 * epsilon)
 
 
-def test_noise_fades_over_2000_of_the_longest_rollouts():
-    """Catches noise that is gone before a long corridor has been walked often enough."""
-    for horizon, steps in ((9, 200_000), (300, 600_000)):
-        spec = dataclasses.replace(SPECS["discrete"], horizon=horizon)
-        noise = am.Exploration(spec, 1, 0, np.random.default_rng(0))
+@pytest.mark.parametrize("length, steps", [(1, 200_000), (100, 200_000), (300, 600_000)])
+def test_noise_fades_over_2000_rollouts(length, steps):
+    """Catches noise that is gone before a long corridor has been walked often enough, or that lasts
+    as long as if no rollout ever ended early; by hand: 2000 rollouts of 300 steps, >= 200 000."""
+    noise = am.Exploration(dataclasses.replace(SPECS["discrete"], horizon=10 ** 6), 1, 0,
+                           np.random.default_rng(0))
+    for share in (.5, 1):
+        for _ in range(int(share * steps / length) - noise.begun):
+            noise.reset(np.array([True]), np.array([length]))
         noise.plan[:] = [[1.0], [0.0]]
-        assert noise.epsilon(np.array([0]), steps // 2) == pytest.approx((1 + .05) / 2)
-        assert noise.epsilon(np.array([0]), steps) == pytest.approx(.05)
+        assert noise.epsilon(np.array([0]), share * steps) == pytest.approx(1 - .95 * share)
 
 
 def test_noise_that_begins_late():
