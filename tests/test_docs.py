@@ -125,7 +125,7 @@ def test_tables_of_results_by_hand(tmp_path, monkeypatch, capsys):
               commit=tables.IN_NONE[0], explore_steps=200_000)
     assert tables.ablations().splitlines()[2:] == [           # at 8 steps, where run b ended
         "| maze:7x7?goals=1 | nothing | 0 1 | 8 | 1 | .25 (.10 to .40) | .35 (.10 to .60) | 1.0 |",
-        "| maze:7x7?goals=1 + | no relabeling | 0 | 8 | 3 | .30 | .30 | 1.0 |",
+        "| maze:7x7?goals=1 + \u2020 | no relabeling | 0 | 8 | 3 | .30 | .30 | 1.0 |",
         "| tmaze:300 * \u00b0 | nothing | 0 | 8 | 3 | .30 | .30 | 1.0 |"]
 
 
