@@ -231,8 +231,8 @@ class KVCache:
         device = self.keys.device
         self.width = int(min(self.length.max() + 1, self.context))
         valid = np.arange(self.width) <= self.length[:, None]                 # (N, width)
-        self.slot = torch.from_numpy(self.length % self.context).to(device)   # (N,)
-        self.valid = None if valid.all() else torch.from_numpy(valid).to(device)
+        self.slot = torch.from_numpy(self.length % self.context).to(device, non_blocking=True)
+        self.valid = None if valid.all() else torch.from_numpy(valid).to(device, non_blocking=True)
 
     def append(self, layer, key, value):
         """key, value (N, H, d_head) of this step -> all keys, values (N, H, width, d_head) so far,
@@ -781,7 +781,7 @@ class Agent(nn.Module):
         if self.spec.discrete:
             q = (self.target_critics(after, members=pair) * pi.probs.unsqueeze(2)).sum(-1)
         else:
-            q = self.target_critics(after, pi.sample(), members=pair)
+            q = self.target_critics(after, pi.rsample(), members=pair)   # sample(): a GPU waits
         assert q.shape == done.shape + (2, len(self.gammas)), q.shape
         value = self.popart.denormalize(self.popart(q.amin(2)))
         return td_targets(reward, done, value, self.gammas)
@@ -914,7 +914,7 @@ class ReplayBuffer:
         self.replayed += int(length.sum())
 
         def tensor(x):
-            x = torch.from_numpy(x)
+            x = torch.from_numpy(np.ascontiguousarray(x))    # else its pinned copy is not used
             return x if str(device) == "cpu" else x.pin_memory().to(device, non_blocking=True)
         out.pop("achieved", None)
         out["time"] = offset[:, None] + np.minimum(steps, length[:, None])       # (B, T+1)
@@ -1061,7 +1061,7 @@ class Collector:
     def newest(self):
         """The newest token of every environment, each (N, 1, ...)."""
         tokens = each(lambda x: x[self.rows, self.time], self.tokens)
-        return each(lambda x: torch.from_numpy(x[:, None]).to(self.device),
+        return each(lambda x: torch.from_numpy(x[:, None]).to(self.device, non_blocking=True),
                     dict(tokens, time=self.time))
 
     def act(self):
@@ -1123,8 +1123,8 @@ class Collector:
         return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
                     env_steps=self.env_steps, envs=json.dumps(self.envs.call("state")),
                     noise=self.exploration.plan, begun=self.exploration.begun,
-                    episode=json.dumps(self.episode),
-                    keys=self.cache.keys, values=self.cache.values, length=self.cache.length)
+                    episode=json.dumps(self.episode), length=self.cache.length,
+                    keys=self.cache.keys.cpu(), values=self.cache.values.cpu())
 
     def restore(self, state):
         """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
@@ -1203,32 +1203,30 @@ class Learner:
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
         Raises NonFiniteLoss, with the agent as it was before."""
-        info = self.begin_update(batch)
-        self.end_update()
-        return info
+        self.begin_update(batch)
+        return self.end_update()
 
     def begin_update(self, batch):
         """The first part of `update`, in which nothing waits for a GPU: up to the gradient."""
         before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
         # A function of the update's number, so that all processes draw the same pair of critics.
         rng = np.random.default_rng((self.config.seed, self.updates))
-        pair = rng.permutation(self.config.critics)[:2]
+        pair = torch.from_numpy(rng.permutation(self.config.critics)[:2])
         self.agent.train()
         with self.autocast:
-            loss, info = self.forward(batch, torch.from_numpy(pair).to(self.device))
+            loss, info = self.forward(batch, pair.to(self.device, non_blocking=True))
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        self.begun = batch, loss.detach(), norm, before
-        return info
+        self.begun = batch, loss.detach(), norm, before, info
 
     def end_update(self):
-        """The second part, if there was a first: wait for the gradient, and take the step."""
+        """The second part, if there was a first: wait for the gradient, take the step -> info."""
         if self.begun is None:
-            return
-        (batch, loss, norm, before), self.begun = self.begun, None
-        if not torch.isfinite(loss + norm):
+            return {}
+        (batch, loss, norm, before, info), self.begun = self.begun, None
+        if not torch.isfinite(sum_over_ranks(loss + norm)):
             torch._foreach_copy_(list(self.agent.buffers()), before)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
         for group in self.optimizer.param_groups:
@@ -1239,6 +1237,7 @@ class Learner:
         self.agent.update_targets(self.config.tau)
         self.updates += 1
         self.update_average()
+        return info
 
     @torch.no_grad()
     def update_average(self):
@@ -1250,7 +1249,8 @@ class Learner:
 
     def state(self):
         """For a checkpoint: what learns, what acts, and how far they have come."""
-        self.end_update()                                # if an environment broke in its middle
+        with contextlib.suppress(NonFiniteLoss):         # an environment broke in its middle
+            self.end_update()
         return dict(agent=self.agent.state_dict(), average=self.average.state_dict(),
                     optimizer=self.optimizer.state_dict(), updates=self.updates,
                     started=self.started)
@@ -1345,15 +1345,15 @@ def train(config, saved=None):
             with log.timer("learning"):
                 while sum_over_ranks(buffer.replayed) < owed:
                     batch = buffer.sample(config.batch, config.context, device)
-                    learner.end_update()                      # a GPU worked on while we sampled
-                    log.add(learner.begin_update(batch))
+                    log.add(learner.end_update())             # a GPU worked on while we sampled
+                    learner.begin_update(batch)
             # 4. End the step, and keep the rollouts that ended with it; then the last update.
             with log.timer("acting"):
                 for _, trajectory in collector.receive():
                     buffer.add(trajectory)
                     log.returns.append(float(trajectory.reward.sum()))
             with log.timer("learning"):
-                learner.end_update()
+                log.add(learner.end_update())
             log.progress(collector.env_steps)
     raise KeyboardInterrupt("everything is saved; --resume continues")
 
@@ -1379,7 +1379,7 @@ def save_run(folder, run, final=False, end=None):
     learner = run["learner"]
     own = dict(buffer=run["buffer"].state(), collector=run["collector"].state(),
                rng=json.dumps(run["rng"].bit_generator.state), torch_rng=torch.get_rng_state())
-    if torch.cuda.is_available():
+    if learner.device.type == "cuda":
         own["cuda_rng"] = torch.cuda.get_rng_state(learner.device)
     processes = [own] * world_size()
     if world_size() > 1:
@@ -1401,7 +1401,7 @@ def restore_run(run, state):
         run[name].restore(part[name])
     run["rng"].bit_generator.state = json.loads(own["rng"])
     torch.set_rng_state(own["torch_rng"])
-    if "cuda_rng" in own and torch.cuda.is_available():
+    if "cuda_rng" in own and run["learner"].device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda_rng"], run["learner"].device)
 
 

@@ -650,7 +650,7 @@ def absent_packages_named(name):
 
 def pip_command(error):
     """The command in gymnasium's own message, or one made from the name of the module."""
-    command = re.findall(r"`(pip install [^`]+)`", str(error))
+    command = re.findall(r"pip install (?:\"[^\"]+\"|[^\s`\"]+)", str(error))
     if command:
         return command[-1]
     if "gymnasium-robotics" in str(error):  # where mujoco v2 and v3 moved
@@ -2664,8 +2664,9 @@ class Log:
     def add(self, info):
         """Take in one update's dict of scalar tensors, which stay on their device until the next
         row: reading them here would make a GPU wait."""
-        self.sums = {name: x + self.sums.get(name, 0.0) for name, x in info.items()}
-        self.count += 1
+        if info:                                              # of an update that was ended
+            self.sums = {name: x + self.sums.get(name, 0.0) for name, x in info.items()}
+            self.count += 1
 
     def row(self, score, env_steps, updates):
         """One evaluation: a row of log.csv and of the console's table."""

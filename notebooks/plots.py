@@ -55,7 +55,8 @@ def looking(agent, seed=0):
     was_training = agent.training
     agent.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        gpus = [d for d in (agent.gammas.device,) if d.type == "cuda"]
+        with torch.no_grad(), torch.random.fork_rng(gpus):
             torch.manual_seed(seed)
             yield
     finally:

@@ -527,10 +527,10 @@ def until_broken(monkeypatch, tmp_path):
     states, end_update = [], am.Learner.end_update
 
     def record(self):
-        begun = self.begun is not None
-        end_update(self)
-        if begun:
+        info = end_update(self)
+        if info:
             states.append({name: x.clone() for name, x in self.agent.state_dict().items()})
+        return info
     monkeypatch.setattr(am.Learner, "end_update", record)
     code = am.main(["--env", "probe", "--env-steps", "2000", "--batch", "8", "--parallel-envs", "8",
                     "--episodes", "1", "--eval-every", "10000", "--out", "run"])
@@ -552,6 +552,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, tmp_path):
     message = one_line(capsys)
     assert code == 1 and len(calls) == 4 and len(states) == state["learner"]["updates"] == 3
     assert all(word in message for word in ("loss is nan", "update 3", "reward", "vector"))
+    log = state["log"]                                    # nothing of the failed update
+    assert log["count"] == 3 and all(math.isfinite(x) for x in log["sums"].values())
+    assert all(torch.equal(state["learner"]["agent"][name], x) for name, x in states[-1].items())
+
+
+def test_an_environment_that_breaks_while_a_loss_is_not_finite(monkeypatch, capsys, tmp_path):
+    """Catches a run of which nothing is saved, and whose environment's own words are lost."""
+    use(monkeypatch, Choice)
+    loss, check, calls = am.Agent.loss, am.environments.Shard.check, []
+    last = 24                                             # update between two steps of Choice
+
+    def spoil(self, batch, pair=None):
+        calls.append(batch)
+        total, info = loss(self, batch)
+        return total * (math.nan if len(calls) == last else 1), info
+
+    def fail(self, i, observation):
+        if len(calls) == last:
+            raise self.broken(i, "it broke")
+        return check(self, i, observation)
+    monkeypatch.setattr(am.Agent, "loss", spoil)
+    monkeypatch.setattr(am.environments.Shard, "check", fail)
+    code, state, states = until_broken(monkeypatch, tmp_path)
+    assert code == 1 and "it broke" in one_line(capsys)
+    assert len(states) == state["learner"]["updates"] == last - 1 and finite(state)
     assert all(torch.equal(state["learner"]["agent"][name], x) for name, x in states[-1].items())
 
 
@@ -656,8 +681,9 @@ def test_control_c_waits_for_the_end_of_the_update(monkeypatch, tmp_path):
     def interrupted(self):
         if self.updates == 2 and self.begun is not None:
             signal.raise_signal(signal.SIGINT)
-        end_update(self)
+        info = end_update(self)
         states[self.updates] = {name: x.clone() for name, x in self.agent.state_dict().items()}
+        return info
     monkeypatch.setattr(am.Learner, "end_update", interrupted)
     assert am.main(["--env", "probe", "--env-steps", "2000", "--out", "run", *SMALL]) == 130
     state = saved(tmp_path / "run")

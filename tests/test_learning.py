@@ -217,9 +217,8 @@ def first_updates(monkeypatch, folder, seed):
     begin_update, act = am.Learner.begin_update, am.Agent.act
 
     def record_update(self, batch):
-        info = begin_update(self, batch)
-        losses.append(info["critic_loss"].item())
-        return info
+        begin_update(self, batch)
+        losses.append(self.begun[-1]["critic_loss"].item())
 
     def record_act(self, tokens, cache):
         actions.append(act(self, tokens, cache))

@@ -306,9 +306,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     agent = agent_for(am.environments.make_env("gym:CartPole-v1"))
 
     def render(self):
-        raise gymnasium.error.DependencyNotInstalled("run `pip install pygame`")
-    monkeypatch.setattr(am.environments.Adapter, "render", render)
-    with pytest.raises(ModuleNotFoundError, match="gym:CartPole-v1.* pip install pygame"):
+        raise gymnasium.error.DependencyNotInstalled("run `pip install \"gymnasium[box2d]\"`")
+    monkeypatch.setattr(type(gymnasium.make("CartPole-v1").unwrapped), "render", render)
+    with pytest.raises(ModuleNotFoundError, match='CartPole-v1.* pip install "gymnasium.box2d."$'):
         plots.render(agent, am.Config(env="gym:CartPole-v1"), tmp_path / "a.gif")
 
 

@@ -74,8 +74,11 @@ def seconds_per_call(call, cell):
 
 
 def peak(cell):
-    """The best of square fp32 matrix products of several sizes, in FLOP/s."""
-    pairs = [torch.randn(2, n, n, device=cell["device"]) for n in (1024, 2048, 4096)]
+    """The best of square matrix products of several sizes, in FLOP/s: in float32, on a GPU in
+    bfloat16."""
+    sizes, kind = (((1024, 2048, 4096), torch.float32) if cell["device"] == "cpu" else
+                   ((4096, 8192, 16384), torch.bfloat16))
+    pairs = [torch.randn(2, n, n, device=cell["device"]).to(kind) for n in sizes]
     rates = [2 * len(a) ** 3 / seconds_per_call(lambda: a @ b, cell)["best"] for a, b in pairs]
     return dict(rate=max(rates), threads=torch.get_num_threads(), torch=torch.__version__)
 
@@ -171,7 +174,8 @@ def main():
         return print(" ", found["skipped"]) if "skipped" in found else found
 
     here = run("peak") or sys.exit(1)
-    print(f"fp32 matmul peak {here['rate'] / 1e9:.0f} GFLOP/s on {options.device}, {os.cpu_count()}"
+    kind = "fp32" if options.device == "cpu" else "bf16"
+    print(f"{kind} matmul peak {here['rate'] / 1e9:.0f} GFLOP/s on {options.device}, {os.cpu_count()}"
           f" cores, {here['threads']} threads, torch {here['torch']}, load {os.getloadavg()[0]:.1f}"
           f"\n\nmade-up rollouts, batch {BATCH}\n  size context updates/s    (best)  tokens/s"
           "  GFLOP/s  of peak  peak MB  attention  time per doubling")
