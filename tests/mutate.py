@@ -273,7 +273,8 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "for i in (1, 2))", "for i in (1, 1))",
      CLI + "training_never_sees_the_rollouts_of_evaluation"),
     ("an update is still going on when its agent acts", AMAGO,
-     "            with log.timer(\"learning\"):\n                log.add(learner.end_update())\n", "",
+     12 * " " + "with log.timer(\"learning\"):\n" + 16 * " "
+     + "log.add(learner.end_update())\n", "",
      CLI + "environments_step_while_an_update_is_computed"),
     ("the statistics of half an update are saved", AMAGO,
      "with contextlib.suppress(NonFiniteLoss):", "if False:",

@@ -175,8 +175,9 @@ def main():
 
     here = run("peak") or sys.exit(1)
     kind = "fp32" if options.device == "cpu" else "bf16"
-    print(f"{kind} matmul peak {here['rate'] / 1e9:.0f} GFLOP/s on {options.device}, {os.cpu_count()}"
-          f" cores, {here['threads']} threads, torch {here['torch']}, load {os.getloadavg()[0]:.1f}"
+    print(f"{kind} matmul peak {here['rate'] / 1e9:.0f} GFLOP/s on {options.device},"
+          f" {os.cpu_count()} cores, {here['threads']} threads, torch {here['torch']},"
+          f" load {os.getloadavg()[0]:.1f}"
           f"\n\nmade-up rollouts, batch {BATCH}\n  size context updates/s    (best)  tokens/s"
           "  GFLOP/s  of peak  peak MB  attention  time per doubling")
     for size in options.sizes:
