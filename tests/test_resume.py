@@ -51,7 +51,7 @@ def train(env, steps, *more):
     """Evaluations at 0, 60, ... 300; rollouts longer than the context, a buffer that overflows.
     -> arguments of a run"""
     return ["--env", env, "--env-steps", str(steps), "--parallel-envs", "3", "--episodes", "2",
-            "--batch", "4", "--context", "8", "--buffer-steps", "100", "--replay-ratio", "4",
+            "--batch", "4", "--context", "8", "--buffer-steps", "110", "--replay-ratio", "4",
             "--eval-every", "60", "--target-return", "none", "--threads", "1", *more]
 
 
