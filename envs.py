@@ -3241,8 +3241,8 @@ def print_table():
         speed = "steps/s" if row is rows[0] else "-" if slow else steps_per_second(row["name"])
         print(*cells, speed.rjust(9), sep="  ", flush=True)
     print("\nhorizon: longest rollout; random, best, paper: mean returns of uniform actions, of the"
-          " best policy known (or a bound), of AMAGO in its paper;\nneeds: what it takes that plain RL"
-          " lacks; steps/s: of uniform actions here and now, resets included, measured for .1 s")
+          " best policy known (or a bound), of AMAGO in its paper;\nneeds: what it takes that plain"
+          " RL lacks; steps/s: of uniform actions here and now, resets included, measured for .1 s")
 
 
 def main(arguments=None):
