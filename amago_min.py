@@ -16,7 +16,7 @@ How to read it
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
 Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
               G discount factors    C critics      A actions or action dimensions
-              N parallel environments    K goals asked, M goals met in a step, W words in a goal
+              N real steps, or environments    K goals asked, M met in a step, W words in a goal
 Conventions   tensors are batch first; masks are bool, True = a real step; the LAST gamma acts.
 
 References
@@ -39,7 +39,6 @@ import os
 import re
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, MachineError, NonFiniteLoss, Spec, UsageError,
+from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, UsageError,
                   blame, catch_signals, check_options_of, each, keep_freed_memory, option,
                   read_command_line, report_disk_trouble, say)
 
@@ -138,9 +137,7 @@ class Config:
             torch.empty(0, device=name if re.fullmatch(r"cpu|cuda:\d+", name) else "unknown")
             return torch.device(name)
         except (RuntimeError, AssertionError):
-            there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
-            kind = MachineError if name == cuda and torch.cuda.device_count() else UsageError
-            raise kind(f"--device {name!r} is not here; there is {there}") from None
+            raise environments.no_device(name, torch.cuda.device_count(), name == cuda) from None
 
 
 # ==================================================================================================
@@ -251,9 +248,36 @@ class KVCache:
         self.begin_step()
 
 
+class Packing:
+    """The real tokens of B rollouts one after the other, without the padding that makes all rows as
+    long as the longest: half of a batch, where rollouts end early. Only attention needs the rows.
+
+        rows (B, T + 1, ...)    a0 a1 a2 --    pack ->    a0 a1 a2 b0 b1 b2 b3    (1, N + B, ...)
+                                b0 b1 b2 b3    <- pad
+    mask (B, T): the N real transitions, on the CPU, as counting them would wait for a GPU.
+    now (N,): where the packed tokens are that another one of their rollout follows.
+    """
+
+    def __init__(self, mask, device="cpu"):
+        real = F.pad(mask, (1, 0), value=True)                           # (B, T + 1)
+        self.shape, self.full = real.shape, bool(real.all())             # full: nothing to copy
+        self.real, self.now = (x.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+                               for x in (real, F.pad(mask, (0, 1))[real]))
+
+    def pack(self, x):
+        x = x.flatten(0, 1)
+        return (x if self.full else x.index_select(0, self.real)).unsqueeze(0)
+
+    def pad(self, x):
+        """The inverse, with zeros where nothing is."""
+        if not self.full:
+            x = x.new_zeros(1, self.shape.numel(), *x.shape[2:]).index_copy(1, self.real, x)
+        return x[0].unflatten(0, self.shape)
+
+
 def rotate(x, cos, sin):
     """Rotary positions [7]: turn each pair (x_i, x_{i + d/2}) by an angle proportional to time, so
-    that a query-key product depends on how long ago, not on when. x (B, H, T, d) -> the same."""
+    that a query-key product depends on how long ago, not on when. x (..., d) -> the same."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -272,15 +296,17 @@ class CausalAttention(nn.Module):
         self.out = SigmaLinear(width, width)
         self.head_scale = nn.Parameter(torch.ones(heads, 1, 1))
 
-    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
+    def forward(self, x, rotation=None, cache=None, layer=0, window=None, packing=None):
         """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
-        rotation: cos and sin of rotate, each (B, 1, T, d / 2).
+        rotation: cos and sin of rotate, each (B, T, 1, 1, d / 2). packing: of x, if it is packed.
         window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            qkv = torch.cat([rotate(qkv[:, :, :2], *rotation), qkv[:, :, 2:]], dim=2)
+        if packing is not None:
+            qkv = packing.pad(qkv)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
         if cache is None:
             if x.device.type == "cpu":                   # bfloat16's backward is 5 times slower
                 q, k, v = q.float(), k.float(), v.float()
@@ -292,8 +318,8 @@ class CausalAttention(nn.Module):
             if valid is not None:
                 score = score.masked_fill(~valid[:, None, None], -math.inf)
             y = score.softmax(-1) @ v
-        y = (self.head_scale * y).transpose(1, 2).reshape(B, T, D)
-        return self.out(y)
+        y = (self.head_scale * y).transpose(1, 2)                        # (B, T, H, d)
+        return self.out((y if packing is None else packing.pack(y)).flatten(2))
 
 
 class StableBlock(nn.Module):
@@ -311,9 +337,9 @@ class StableBlock(nn.Module):
         self.attention = CausalAttention(width, heads, gamma)
         self.ff1, self.ff2 = SigmaLinear(width, ff), SigmaLinear(ff, width)
 
-    def forward(self, x, rotation=None, cache=None, layer=0, window=None):
-        """x (B, T, D) -> (B, T, D)"""
-        x = x + self.norm2(self.attention(self.norm1(x), rotation, cache, layer, window))
+    def forward(self, x, *how):
+        """x (B, T, D) -> (B, T, D); how: see CausalAttention"""
+        x = x + self.norm2(self.attention(self.norm1(x), *how))
         h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
         return x + self.ff2(self.norm4(h))
 
@@ -346,7 +372,7 @@ class Transformer(nn.Module):
         if positions == "learnable":
             self.table = nn.Parameter(torch.randn(horizon + 1, width) * 0.02)
 
-    def forward(self, x, time, cache=None):
+    def forward(self, x, time, cache=None, packing=None):
         """x (B, T, D), time (B, T) int: the step of the episode -> (B, T, D)"""
         B, T, D = x.shape
         assert D == self.width and time.shape == (B, T), (x.shape, time.shape)
@@ -357,12 +383,13 @@ class Transformer(nn.Module):
             angle = time.unsqueeze(-1) * self.absolute                   # (B, T, D / 2)
             x = x + torch.cat([angle.sin(), angle.cos()], dim=-1)
         if self.positions in ("rotary", "both"):
-            angle = (time.unsqueeze(-1) * self.relative).unsqueeze(1)    # (B, 1, T, d / 2)
+            angle = time[:, :, None, None, None] * self.relative         # (B, T, 1, 1, d / 2)
             rotation = angle.cos(), angle.sin()
+        T = T if packing is None else packing.shape[1]
         if 0 < self.memory < T:
             window = x.new_ones(T, T, dtype=torch.bool).tril().triu(1 - self.memory)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, cache, layer, window)
+            x = block(x, rotation, cache, layer, window, packing)
         return self.norm(x)
 
     def new_cache(self, n_envs, context):
@@ -393,13 +420,12 @@ class RunningNorm(nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, x, mask):
-        """x (..., dim), mask (...) of real entries."""
+    def update(self, x):
+        """Take in new raw inputs x (..., dim)."""
         self.count += 1
         step = self.beta / (1 - (1 - self.beta) ** self.count)
-        x = torch.where(mask.unsqueeze(-1), x, 0.0).flatten(0, -2).double()
-        sums = torch.stack([x.sum(0), (x * x).sum(0), mask.sum().expand(x[0].shape)])
-        total = sum_over_ranks(sums)                                     # (3, dim)
+        x = x.flatten(0, -2).double()
+        total = sum_over_ranks(torch.stack([y.sum(0) for y in (x, x * x, torch.ones_like(x))]))
         self.mean.lerp_(total[0] / total[2], step)
         self.square.lerp_(total[1] / total[2], step)
 
@@ -442,17 +468,17 @@ class TimestepEncoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.LeakyReLU(inplace=True),
                                  nn.Linear(hidden, width), nn.LayerNorm(width))
 
-    def forward(self, tokens, mask=None):
+    def forward(self, tokens, learn=False):
         """tokens: dict of obs (dict), action, reward, reset, time, each (B, T, ...), see
-        `Trajectory`; mask (B, T): update the statistics with these tokens (training only)."""
+        `Trajectory`; learn: update the statistics with these tokens (training only)."""
         spec, time = self.spec, tokens["time"]
         acted = (time > 0).unsqueeze(-1)                                 # (B, T, 1)
         action = F.one_hot(tokens["action"], spec.actions) if spec.discrete else tokens["action"]
         flat = torch.cat([tokens["reset"].unsqueeze(-1).float(), tokens["reward"].unsqueeze(-1),
                           time.unsqueeze(-1) / spec.horizon, action * acted]
                          + ([tokens["obs"]["vector"]] if spec.vector else []), dim=-1)
-        if mask is not None:
-            self.norm.update(flat, mask)
+        if learn:
+            self.norm.update(flat)
         parts = [self.norm(flat)]
         if spec.image:
             image = tokens["obs"]["image"].flatten(0, 1).permute(0, 3, 1, 2)   # (BT, C, H, W)
@@ -589,12 +615,12 @@ class PopArt(nn.Module):
         return variance.sqrt().clamp(1e-4, 1e6)
 
     @torch.no_grad()
-    def update(self, targets, mask):
+    def update(self, targets, mask=None):
         """targets (..., G), mask (...): take in new targets, rescale w and b to match."""
+        y = targets.flatten(0, -2) if mask is None else targets[mask]    # (N, G)
         self.count += 1
         step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
-        y = torch.where(mask.unsqueeze(-1), targets, 0.0).flatten(0, -2)
-        total = torch.stack([y.sum(0), (y ** 2).sum(0), mask.sum().expand(y[0].shape)])
+        total = torch.stack([z.sum(0) for z in (y, y ** 2, torch.ones_like(y))])     # (3, G)
         if torch.distributed.is_initialized():               # one statistic in all processes
             torch.distributed.all_reduce(total)
         old_mean, old_std = self.mean.clone(), self.std
@@ -619,41 +645,35 @@ class PopArt(nn.Module):
 # ==================================================================================================
 # 5. Losses ([1] App. A.2)
 #    Written as plain functions of tensors, so that each can be checked by hand and copied.
-def masked_mean(x, mask):
-    """Mean of x (B, T, ...) over the real steps, mask (B, T), and all trailing dimensions."""
-    mask = mask.view(mask.shape + (1,) * (x.dim() - 2)).expand_as(x)
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
-
-
 def td_targets(reward, done, next_value, gammas):
     """One-step TD targets for every discount factor at once.
 
         y_g = r + gamma_g (1 - d) V_g(s')
 
-    reward (B, T), done (B, T) bool, next_value (B, T, G), gammas (G,) -> (B, T, G)
+    reward (...), done (...) bool, next_value (..., G), gammas (G,) -> (..., G)
     r = 1, d = 0, V(s') = (2, 4), gammas (.5, .9) -> (2.0, 4.6);  with d = 1 -> (1, 1)
     """
     going_on = (~done).unsqueeze(-1)
     return reward.unsqueeze(-1) + gammas * going_on * next_value
 
 
-def critic_loss(q, target, mask):
-    """Mean squared TD error, both sides normalised by PopArt, over the real steps.
-    q (B, T, C, G), target (B, T, G), mask (B, T) -> scalar"""
-    return masked_mean((q - target.unsqueeze(2)) ** 2, mask)
+def critic_loss(q, target):
+    """Mean squared TD error, both sides normalised by PopArt.
+    q (..., C, G), target (..., G) -> scalar"""
+    return ((q - target.unsqueeze(-2)) ** 2).mean()
 
 
-def actor_loss(value, log_prob, advantage, mask):
-    """The two actor terms, each averaged over real steps and gammas.
+def actor_loss(value, log_prob, advantage):
+    """The two actor terms, each averaged over steps and gammas.
 
         online   -min_c PopArt(Q_c(s, pi))            climb the critics, as in DDPG
         offline  -1[A > 0] log pi(a | s)              filtered behaviour cloning [6]: imitate what
                   A = mean_c Q_c(s,a) - mean_c Q_c(s,pi)      the buffer did better than the policy
 
-    value (B, T, C, G), log_prob (B, T, G), advantage (B, T, G), mask (B, T) -> two scalars
+    value (..., C, G), log_prob (..., G), advantage (..., G) -> two scalars
     """
-    online = -masked_mean(value.amin(2), mask)
-    offline = -masked_mean(torch.where(advantage > 0, log_prob, 0.0), mask)
+    online = -value.amin(-2).mean()
+    offline = -torch.where(advantage > 0, log_prob, 0.0).mean()
     return online, offline
 
 
@@ -713,9 +733,10 @@ class Agent(nn.Module):
         """For an agent that only acts, see SigmaLinear.keep."""
         self.apply(lambda layer: layer.keep() if isinstance(layer, SigmaLinear) else None)
 
-    def trunk(self, tokens, mask=None, cache=None):
-        """tokens (see `Trajectory`) -> s (B, T+1, D); with mask, input statistics are updated."""
-        return self.transformer(self.encoder(tokens, mask), tokens["time"], cache)
+    def trunk(self, tokens, cache=None, packing=None):
+        """tokens (see `Trajectory`) -> s (B, T+1, D). Of packed ones input statistics are taken."""
+        x = self.encoder(tokens, learn=packing is not None)
+        return self.transformer(x, tokens["time"], cache, packing)
 
     @torch.inference_mode()
     def act(self, tokens, cache):
@@ -733,67 +754,53 @@ class Agent(nn.Module):
             L = 10 L_TD + L_online + 0.1 L_offline
 
         pair (2,): the critics that make the target; by default drawn at random."""
-        mask = batch["mask"]                                             # (B, T)
-        tokens, token_mask = clean_padding(batch["tokens"], mask)        # (B, T+1, ...)
-        action = tokens["action"][:, 1:]                                 # (B, T) or (B, T, A)
-        (B, T), G, C = mask.shape, len(self.gammas), self.critics.num_critics
-        s = self.trunk(tokens, token_mask).float()
-        assert s.shape == (B, T + 1, self.transformer.width), s.shape
-        now = s[:, :-1].contiguous()
-        target = self.td_target(s, tokens["reward"][:, 1:], batch["done"] & mask, pair)
-        assert target.shape == (B, T, G), target.shape
-        self.popart.update(target, mask)
+        packing = Packing(batch["mask"], self.gammas.device)
+        tokens = each(packing.pack, dict(batch["tokens"], done=F.pad(batch["done"], (1, 0))))
+        states = self.trunk(tokens, packing=packing)[0].float()          # (N + B, D)
+        s, after = states.index_select(0, packing.now), packing.now + 1  # (N, D), (N,)
+        action, reward, done = (tokens[name][0, after] for name in ("action", "reward", "done"))
+        N, G, C = len(s), len(self.gammas), self.critics.num_critics
+        target = self.td_target(states[after], reward, done, pair)       # (N, G)
+        self.popart.update(target)
 
         # q: the critics at the action that was taken. v: at the policy's, with neither the critics
         # nor s in the graph, so that the actor's losses reach the trunk through pi alone.
-        pi = self.actor(now)
+        pi = self.actor(s)
         if self.spec.discrete:
-            q_all = self.critics(now)                                    # (B, T, C, G, A)
-            index = action[..., None, None, None].expand(B, T, C, G, 1)
+            q_all = self.critics(s)                                      # (N, C, G, A)
+            index = action[:, None, None, None].expand(N, C, G, 1)
             q = q_all.gather(-1, index).squeeze(-1)
-            v = (q_all.detach() * pi.probs.unsqueeze(2)).sum(-1)
+            v = (q_all.detach() * pi.probs.unsqueeze(1)).sum(-1)
         else:
-            q = self.critics(now, action)
+            q = self.critics(s, action)
             frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
-            v = torch.func.functional_call(self.critics, frozen, (now.detach(), pi.rsample()))
-        assert q.shape == v.shape == (B, T, C, G), (q.shape, v.shape)
-        advantage, log_prob = (q.mean(2) - v.mean(2)).detach(), self.actor.log_prob(pi, action)
-        assert advantage.shape == log_prob.shape == (B, T, G), log_prob.shape
-        td = critic_loss(self.popart(q), self.popart.normalize(target), mask)
-        online, offline = actor_loss(self.popart(v), log_prob, advantage, mask)
+            v = torch.func.functional_call(self.critics, frozen, (s.detach(), pi.rsample()))
+        assert q.shape == v.shape == (N, C, G), (q.shape, v.shape)
+        advantage, log_prob = (q.mean(1) - v.mean(1)).detach(), self.actor.log_prob(pi, action)
+        assert advantage.shape == log_prob.shape == (N, G), log_prob.shape
+        td = critic_loss(self.popart(q), self.popart.normalize(target))
+        online, offline = actor_loss(self.popart(v), log_prob, advantage)
         info = dict(critic_loss=td, actor_loss=online, bc_loss=offline,
-                    filter=masked_mean((advantage > 0).float(), mask),
-                    value=masked_mean(target[..., -1], mask))
+                    filter=(advantage > 0).float().mean(), value=target[:, -1].mean())
         # The mean over all processes must weigh every step the same, not every process.
-        share = mask.sum() * world_size() / sum_over_ranks(mask.sum().clone())
+        share = N * world_size() / sum_over_ranks(N)
         return (share * (CRITIC_WEIGHT * td + ONLINE_WEIGHT * online + OFFLINE_WEIGHT * offline),
                 {name: x.detach() for name, x in info.items()})
 
     @torch.no_grad()
-    def td_target(self, s, reward, done, pair=None):
-        """s (B, T+1, D), reward and done (B, T) -> targets (B, T, G) from the target networks"""
-        after = s[:, 1:].contiguous()
+    def td_target(self, after, reward, done, pair=None):
+        """after (N, D), the next states; reward, done (N,) -> targets (N, G), by target networks"""
         pi = self.target_actor(after)
         # REDQ [5]: the lower of two critics, drawn anew for every update. The lowest of all would
         # be too pessimistic, their mean too optimistic.
-        if pair is None:
-            pair = torch.randperm(self.critics.num_critics, device=s.device)[:2]
+        pair = torch.randperm(self.critics.num_critics)[:2] if pair is None else pair
         if self.spec.discrete:
-            q = (self.target_critics(after, members=pair) * pi.probs.unsqueeze(2)).sum(-1)
+            q = (self.target_critics(after, members=pair) * pi.probs.unsqueeze(-3)).sum(-1)
         else:
             q = self.target_critics(after, pi.rsample(), members=pair)   # sample(): a GPU waits
         assert q.shape == done.shape + (2, len(self.gammas)), q.shape
-        value = self.popart.denormalize(self.popart(q.amin(2)))
+        value = self.popart.denormalize(self.popart(q.amin(-2)))
         return td_targets(reward, done, value, self.gammas)
-
-
-def clean_padding(tokens, mask):
-    """Zero every padded entry, whatever its value (NaN too), so that none can matter.
-
-    tokens (B, T+1, ...), mask (B, T) of transitions -> tokens, mask of tokens (B, T+1)"""
-    token_mask = F.pad(mask, (1, 0), value=True)
-    return each(lambda x: x.masked_fill(
-        ~token_mask.view(token_mask.shape + (1,) * (x.dim() - 2)), 0), tokens), token_mask
 
 
 # ==================================================================================================
@@ -910,7 +917,6 @@ class ReplayBuffer:
         for b, tokens in enumerate(rollouts):
             here = slice(offset[b], offset[b] + length[b] + 1)
             each(lambda x, y: np.copyto(x[b, :length[b] + 1], y[here]), out, tokens)
-        mask = steps[:-1] < length[:, None]                              # (B, T)
         self.replayed += int(length.sum())
 
         def tensor(x):
@@ -918,7 +924,8 @@ class ReplayBuffer:
             return x if str(device) == "cpu" else x.pin_memory().to(device, non_blocking=True)
         out.pop("achieved", None)
         out["time"] = offset[:, None] + np.minimum(steps, length[:, None])       # (B, T+1)
-        return each(tensor, dict(tokens=out, done=out.pop("done")[:, 1:], mask=mask))
+        mask = torch.from_numpy(steps[:-1] < length[:, None])            # on the CPU, see Packing
+        return dict(each(tensor, dict(tokens=out, done=out.pop("done")[:, 1:])), mask=mask)
 
     def state(self):
         """For a checkpoint: the trajectories from the oldest on, and the tokens that are in use."""
@@ -1430,9 +1437,7 @@ def load_checkpoint(folder, device="cpu"):
     if not os.path.exists(path):                             # nor does a name that is too long
         raise UsageError(f"{path} is not there; give a folder that a training run wrote")
     with blame(path):
-        with zipfile.ZipFile(path) as archive:               # torch looks at neither of the two
-            if archive.testzip() or any(x.external_attr for x in archive.infolist()):
-                raise ValueError("wrong checksum")
+        environments.check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if type(version := state["version"]) is not int:
             raise TypeError
@@ -1450,23 +1455,18 @@ def load_checkpoint(folder, device="cpu"):
     return config, agent, state
 
 
-def resumed_config(given, folder):
-    """The options of the run in `folder`, changed by `given`, a dict -> Config and checkpoint.
-    UsageError for an option, or a number of processes, that may not change."""
-    config, _, state = load_checkpoint(folder)
-    environments.check_processes(folder, len(state["processes"]))
-    return environments.changed_options(config, given), state
-
-
 # ==================================================================================================
 # 12. Command line
 def parse_command_line(argv=None):
-    """-> Config, and the checkpoint that it resumes or None. Raises UsageError."""
+    """-> Config, and the checkpoint that it resumes or None. Raises UsageError, also for an option,
+    or a number of processes, that may not change."""
     values, given = read_command_line(Config, "amago_min.py", argv)
     environments.check_together(given)
-    if values["resume"]:
-        return resumed_config(given, values["resume"])
-    return Config(**values), None
+    if not values["resume"]:
+        return Config(**values), None
+    config, _, state = load_checkpoint(values["resume"])
+    environments.check_processes(values["resume"], len(state["processes"]))
+    return environments.changed_options(config, given), state
 
 
 def evaluate_saved(config):

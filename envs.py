@@ -61,6 +61,7 @@ import threading
 import time
 import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import gymnasium
@@ -3045,6 +3046,21 @@ def blame(path):
         if isinstance(problem, BrokenEnvironment) or without_memory(problem):
             raise
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
+
+
+def check_archive(path):
+    """ValueError for a damaged zip file, and for one with flags in it: torch looks at neither."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() or any(member.external_attr for member in archive.infolist()):
+            raise ValueError("wrong checksum")
+
+
+def no_device(name, gpus, own):
+    """The error for a --device that is not here. gpus: how many are; own: whether it is the one
+    that torchrun gave to this process alone, so that no other process says so too."""
+    there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(gpus)])
+    return (MachineError if own and gpus else UsageError)(
+        f"--device {name!r} is not here; there is {there}")
 
 
 def exit_code(program, work, lost=lambda problem: False):

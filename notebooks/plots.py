@@ -135,9 +135,10 @@ def head_weights(module, x, rotation, window=None):
     """The weights of a CausalAttention on the input x (B, T, D) -> (B, H, T, T)"""
     B, T, D = x.shape
     d = D // module.heads
-    q, k, _ = module.qkv(x).view(B, T, 3, module.heads, d).permute(2, 0, 3, 1, 4)
+    qk = module.qkv(x).view(B, T, 3, module.heads, d)[:, :, :2]
     if rotation is not None:
-        q, k = am.rotate(q, *rotation), am.rotate(k, *rotation)
+        qk = am.rotate(qk, *rotation)
+    q, k = qk.permute(2, 0, 3, 1, 4)                                     # (B, H, T, d) each
     seen = torch.ones(T, T, dtype=bool, device=x.device).tril() if window is None else window
     return (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(~seen, -math.inf).softmax(-1)
 

@@ -17,7 +17,7 @@ from torch.distributions import Categorical, Normal
 
 import amago_min
 from amago_min import (Actor, Agent, Config, Critics, Learner, PopArt, Spec, actor_loss,
-                       critic_loss, masked_mean, td_targets)
+                       critic_loss, td_targets)
 from test_network import random_tokens
 
 GAMMAS = [.5, .9, .99]
@@ -82,19 +82,14 @@ def test_the_example_of_td_targets_docstring():
 
 # ----------------------------------------------------------------------------- T8 PopArt
 
-def everything(x):
-    """The mask that keeps all of x (..., G)."""
-    return torch.ones(x.shape[:-1], dtype=torch.bool)
-
-
 def test_popart_update_keeps_outputs():
     """Catches a rescaling of w and b that is not the inverse of what the statistics did."""
     popart, raw = PopArt(2, beta=0.1), torch.randn(7, 2)
-    popart.update(raw, everything(raw))
+    popart.update(raw)
     for i in range(30):
         before = popart.denormalize(popart(raw))
         targets = torch.randn(40, 2) * torch.tensor([3.0, 0.2]) + torch.tensor([i, -5.0])
-        popart.update(targets, everything(targets))
+        popart.update(targets)
         torch.testing.assert_close(popart.denormalize(popart(raw)), before, atol=1e-4, rtol=0)
     assert (popart.w - 1).abs().min() > 0.1 and popart.b.abs().min() > 0.1
 
@@ -102,14 +97,14 @@ def test_popart_update_keeps_outputs():
 def test_popart_normalize_and_denormalize_are_inverse():
     """Catches one of the two that scales where the other one shifts."""
     popart, targets = PopArt(2), torch.randn(50, 2) * 8 + 3
-    popart.update(targets, everything(targets))
+    popart.update(targets)
     torch.testing.assert_close(popart.denormalize(popart.normalize(targets)), targets)
 
 
 def test_first_popart_update_takes_the_batch():
     """Catches statistics that crawl from their initial values: beta = 5e-4 alone would."""
     popart, targets = PopArt(2), torch.randn(6, 9, 2) * torch.tensor([4.0, 70.0]) + 20
-    popart.update(targets, everything(targets))
+    popart.update(targets)
     torch.testing.assert_close(popart.mean, targets.mean((0, 1)), rtol=1e-4, atol=0)
     torch.testing.assert_close(popart.std, targets.std((0, 1), correction=0), rtol=1e-3, atol=0)
     normal = popart.normalize(targets)
@@ -122,17 +117,17 @@ def test_first_popart_update_sets_the_scale_of_outputs():
     popart, targets = PopArt(2), 3000 * torch.randn(50, 2) + 500
     raw = torch.randn(7, 2)
     assert popart.denormalize(popart(raw)).abs().max() < 1e-3
-    popart.update(targets, everything(targets))
+    popart.update(targets)
     torch.testing.assert_close(popart(raw), raw)
 
 
 def test_popart_leaves_a_near_constant_small():
     """Catches a division by almost nothing: targets 1 +- .0001 are not blown up to 1 +- 1."""
     popart, targets = PopArt(2), torch.tensor([1.0, -20.0]) * (1 + 1e-4 * torch.randn(50, 2))
-    popart.update(targets, everything(targets))
+    popart.update(targets)
     torch.testing.assert_close(popart.std, torch.tensor([0.1, 2.0]), rtol=1e-3, atol=0)
     zeros = PopArt(2)
-    zeros.update(torch.zeros(5, 2), everything(torch.zeros(5, 2)))
+    zeros.update(torch.zeros(5, 2))
     assert zeros.normalize(torch.zeros(5, 2)).isfinite().all()
 
 
@@ -167,7 +162,7 @@ def test_popart_step_is_that_of_its_docstring():
     popart, mean, square = PopArt(1, beta=0.3), 0.0, 0.0
     for t in range(1, 5):
         targets = torch.randn(20, 1) + 3 * t
-        popart.update(targets, everything(targets))
+        popart.update(targets)
         step = 0.3 / (1 - 0.7 ** t)
         mean = (1 - step) * mean + step * targets.mean()
         square = (1 - step) * square + step * (targets ** 2).mean()
@@ -179,8 +174,8 @@ def test_popart_gammas_do_not_mix():
     """Catches statistics that are pooled over gammas."""
     targets = torch.randn(50, 2) + 1
     one, other = PopArt(2), PopArt(2)
-    one.update(targets, everything(targets))
-    other.update(targets * torch.tensor([1.0, 100.0]), everything(targets))
+    one.update(targets)
+    other.update(targets * torch.tensor([1.0, 100.0]))
     assert one.mean[0] == other.mean[0] and one.std[0] == other.std[0] and one.w[0] == other.w[0]
     assert other.std[1] > 50 * one.std[1]
 
@@ -189,7 +184,7 @@ def test_popart_ignores_padding():
     """Catches padding (NaN here) that enters the sums, or their denominator."""
     targets, mask = torch.randn(4, 6, 2) + 1, torch.rand(4, 6) < 0.5
     alone, padded = PopArt(2), PopArt(2)
-    alone.update(targets[mask], everything(targets[mask]))
+    alone.update(targets[mask])
     padded.update(torch.where(mask[..., None], targets, math.nan), mask)
     torch.testing.assert_close(padded.mean, alone.mean)
     torch.testing.assert_close(padded.std, alone.std)
@@ -200,7 +195,7 @@ def test_reward_scale_does_not_matter():
     targets, normal = torch.randn(50, 2) + 1, []
     for scale in (1.0, 1000.0):
         popart = PopArt(2)
-        popart.update(scale * targets, everything(targets))
+        popart.update(scale * targets)
         normal.append(popart.normalize(scale * targets))
     torch.testing.assert_close(normal[0], normal[1], atol=1e-4, rtol=0)
 
@@ -265,15 +260,14 @@ def test_some_members_are_the_same_critics(kind):
 def test_target_takes_the_lower_of_a_pair_of_critics():
     """Catches a minimum over all critics or their mean, a critic that is never or too often drawn,
     and a draw that no seed repeats."""
-    agent, s, done = make_agent("discrete", 4), torch.randn(1, 2, 64), torch.tensor([[False]])
+    agent, s, done = make_agent("discrete", 4), torch.randn(1, 64), torch.tensor([False])
     with torch.no_grad():
-        policy = agent.target_actor(s[:, 1])
-        q = policy_value(agent.target_critics, policy, s[:, 1])[0].sort(0).values        # (C, G)
+        q = policy_value(agent.target_critics, agent.target_actor(s), s)[0].sort(0).values
         values = (agent.gammas * agent.popart.denormalize(agent.popart(q)))[:, -1]       # (C,)
 
     def drawn():
         """Rank of the critic that the last gamma's target came from: 0 is the lowest."""
-        target = agent.td_target(s, torch.zeros(1, 1), done)[0, 0, -1]
+        target = agent.td_target(s, torch.zeros(1), done)[0, -1]
         rank = (values - target).abs().argmin()
         torch.testing.assert_close(values[rank], target)
         return rank.item()
@@ -371,34 +365,21 @@ def test_actor_reads_the_state(discrete):
 
 # ----------------------------------------------------------------------------- loss terms
 
-def test_masked_mean_ignores_padding():
-    """Catches padding (NaN here) in the sum or in the count, for any trailing dimensions."""
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    for trailing in ((), (2,), (4, 2)):
-        x = torch.randn((2, 3) + trailing)
-        poisoned = x.clone()
-        poisoned[~mask] = math.nan
-        torch.testing.assert_close(masked_mean(poisoned, mask), x[mask].mean())
-
-
 def test_critic_loss_by_hand():
-    """Catches a target that meets another gamma or critic; three real steps, one is padding."""
-    q = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[9.0, 9.0], [9.0, 9.0]]]])      # (1, 2, C, G)
-    target, mask = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), torch.tensor([[True, False]])
-    # (1 - 0)^2, (2 - 1)^2, (3 - 0)^2, (4 - 1)^2 -> 1, 1, 9, 9
-    torch.testing.assert_close(critic_loss(q, target, mask), torch.tensor(5.0))
+    """Catches a target that meets another gamma or critic."""
+    q = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[9.0, 9.0], [9.0, 9.0]]])        # (2, C, G)
+    target = torch.tensor([[0.0, 1.0], [9.0, 9.0]])
+    # (1 - 0)^2, (2 - 1)^2, (3 - 0)^2, (4 - 1)^2 -> 1, 1, 9, 9, and four times 0
+    torch.testing.assert_close(critic_loss(q, target), torch.tensor(2.5))
 
 
 def test_actor_loss_by_hand():
     """Catches cloning of what is no better (advantage <= 0), a mean over critics for the minimum,
-    and a wrong sign. One real step, two gammas, two critics; the second step is padding."""
-    value = torch.tensor([[[[1.0, 8.0], [3.0, 4.0]], [[9.0, 9.0], [9.0, 9.0]]]])
-    log_prob = torch.tensor([[[-2.0, -6.0], [-100.0, -100.0]]])
-    mask = torch.tensor([[True, False]])
+    and a wrong sign. One step, two gammas, two critics."""
+    value, log_prob = torch.tensor([[[1.0, 8.0], [3.0, 4.0]]]), torch.tensor([[-2.0, -6.0]])
     cases = ([.5, .5], 4.0), ([.5, -.5], 1.0), ([0.0, .5], 3.0), ([0.0, -1.0], 0.0)
     for advantage, expected in cases:
-        advantage = torch.tensor([[advantage, [1.0, 1.0]]])
-        online, offline = actor_loss(value, log_prob, advantage, mask)
+        online, offline = actor_loss(value, log_prob, torch.tensor([advantage]))
         torch.testing.assert_close(online, torch.tensor(-2.5))           # minima 1 and 4
         torch.testing.assert_close(offline, torch.tensor(expected))
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amago_min import (CausalAttention, KVCache, RunningNorm, SigmaLinear, Spec,
-                       StableBlock, TimestepEncoder, Transformer, rotate)
+from amago_min import (CausalAttention, KVCache, Packing, RunningNorm, SigmaLinear,
+                       Spec, StableBlock, TimestepEncoder, Transformer, rotate)
 
 POSITIONS = ("rotary", "learnable", "sinusoidal", "both")
 each_position = pytest.mark.parametrize("positions", POSITIONS)
@@ -75,11 +75,11 @@ def random_tokens(spec, rollouts=2, T=6, start=0):
                 time=torch.arange(start, start + T).repeat(rollouts, 1))
 
 
-def mlp_input(encoder, tokens, mask=None):
+def mlp_input(encoder, tokens, learn=False):
     """What TimestepEncoder.mlp gets to read: the vector part, normalised, comes first."""
     seen = []
     handle = encoder.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    encoder(tokens, mask)
+    encoder(tokens, learn)
     handle.remove()
     return seen[0].detach()
 
@@ -107,6 +107,32 @@ def test_no_gradient_from_the_future(positions):
         past, future = gradient[0, :t + 1], gradient[0, t + 1:]
         assert (future == 0).all()
         assert (past.abs().sum(-1) > 0).all(), "and it must see all of the past"
+
+
+# ----------------------------------------------------------------------------- packed rollouts
+
+def test_packing_by_hand():
+    """Catches tokens in another order, a last token that counts as a step, padding that is kept."""
+    packing = Packing(torch.tensor([[True, True, False], [True, True, True]]))
+    rows = torch.tensor([[1, 2, 3, 99], [4, 5, 6, 7]])
+    packed = packing.pack(rows)
+    assert packed.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert packed[0, packing.now].tolist() == [1, 2, 4, 5, 6]
+    assert packed[0, packing.now + 1].tolist() == [2, 3, 5, 6, 7]
+    assert packing.pad(packed).tolist() == [[1, 2, 3, 0], [4, 5, 6, 7]]
+    full = Packing(torch.ones(2, 3, dtype=torch.bool))
+    assert full.pack(rows).tolist() == [[1, 2, 3, 99, 4, 5, 6, 7]]
+    assert full.pad(full.pack(rows)).tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+@each_position
+def test_packed_rollouts_read_like_padded_ones(positions, memory):
+    """Catches a token that sees another rollout, or the time or the window of another row."""
+    net, (x, time) = transformer(positions), random_input(3, 9)
+    net.memory, packing = memory, Packing(torch.arange(8) < torch.tensor([[8], [3], [6]]))
+    packed = net(packing.pack(x), packing.pack(time), packing=packing)
+    torch.testing.assert_close(packed, packing.pack(net(x, time)), atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------- T2 cache == full
@@ -496,45 +522,42 @@ def test_spec_reads_every_kind_of_space():
     assert Spec.of(Env).to_env(np.array([3, 0])) == [3, 0]
 
 
-def masked_batches(number, beta_dim=2):
-    """Random (5, 7, dim) inputs with their masks; what is masked out is NaN."""
+def input_batches(number, dim=2):
+    """Random inputs (5, 7, dim), each batch around another mean."""
     rng = np.random.default_rng(5)
     for i in range(number):
-        x = rng.normal(3 + i, 1 + i, size=(5, 7, beta_dim)).astype(np.float32)
-        mask = rng.uniform(size=(5, 7)) < 0.6
-        x[~mask] = np.nan
-        yield x, mask
+        yield rng.normal(3 + i, 1 + i, size=(5, 7, dim)).astype(np.float32)
 
 
 def test_running_norm_is_the_formula_of_its_docstring():
-    """Catches padding (NaN here) in the statistics, and a first update that counts too little."""
+    """Catches a first update that counts too little, and a mean over the wrong dimensions."""
     norm, mean, square = RunningNorm(2, beta=0.3), 0.0, 1.0
-    for t, (x, mask) in enumerate(masked_batches(4), start=1):
-        norm.update(torch.from_numpy(x), torch.from_numpy(mask))
+    for t, x in enumerate(input_batches(4), start=1):
+        norm.update(torch.from_numpy(x))
         step = 0.3 / (1 - 0.7 ** t)
-        mean = (1 - step) * mean + step * x[mask].mean(0)
-        square = (1 - step) * square + step * (x[mask] ** 2).mean(0)
+        mean = (1 - step) * mean + step * x.mean((0, 1))
+        square = (1 - step) * square + step * (x ** 2).mean((0, 1))
         np.testing.assert_allclose(norm.mean, mean, rtol=1e-4)
         np.testing.assert_allclose(norm.square, square, rtol=1e-4)
-    real = torch.from_numpy(x[mask])
-    expected = (real - norm.mean) / (norm.square - norm.mean ** 2).sqrt()
-    torch.testing.assert_close(norm(real), expected.float())
+    x = torch.from_numpy(x)
+    expected = (x - norm.mean) / (norm.square - norm.mean ** 2).sqrt()
+    torch.testing.assert_close(norm(x), expected.float())
 
 
 def test_a_small_std_beside_a_large_mean_is_seen():
     """Catches statistics in float32, where E[x^2] - E[x]^2 cancels: std .1 beside 1000 became 0."""
     norm, x = RunningNorm(1), 1000 + 0.1 * torch.randn(4000, 1)
-    norm.update(x, torch.ones(4000, dtype=torch.bool))
+    norm.update(x)
     assert 0.9 < norm(x).std() < 1.1
 
 
 def test_first_updates_are_plain_averages():
     """Catches statistics that crawl from their initial values: beta = 1e-4 alone would."""
-    norm, batches = RunningNorm(2), list(masked_batches(3))
-    for x, mask in batches:
-        norm.update(torch.from_numpy(x), torch.from_numpy(mask))
-    means = np.mean([x[mask].mean(0) for x, mask in batches], axis=0)
-    squares = np.mean([(x[mask] ** 2).mean(0) for x, mask in batches], axis=0)
+    norm, batches = RunningNorm(2), list(input_batches(3))
+    for x in batches:
+        norm.update(torch.from_numpy(x))
+    means = np.mean([x.mean((0, 1)) for x in batches], axis=0)
+    squares = np.mean([(x ** 2).mean((0, 1)) for x in batches], axis=0)
     np.testing.assert_allclose(norm.mean, means, rtol=1e-3)
     np.testing.assert_allclose(norm.square, squares, rtol=1e-3)
 
@@ -543,7 +566,7 @@ def test_inputs_that_hardly_vary_are_only_centred():
     """Catches a constant input that is blown up, or divided by zero."""
     norm = RunningNorm(2)
     x = 0.5 + torch.randn(1000, 2) * torch.tensor([1e-4, 1.0])
-    norm.update(x, torch.ones(1000, dtype=torch.bool))
+    norm.update(x)
     torch.testing.assert_close(norm(x)[:, 0], x[:, 0] - norm.mean[0])
     assert 0.9 < norm(x)[:, 1].std() < 1.1
 
@@ -552,10 +575,10 @@ def test_what_is_first_met_late_does_not_drown_the_rest():
     """Catches a first reward after thousands of steps without one that reads as 900."""
     norm, x = RunningNorm(1), torch.zeros(1000, 1)
     for update in range(3000):
-        norm.update(x, torch.ones(1000, dtype=torch.bool))
+        norm.update(x)
     x[0] = 1.0
     for update in range(20):
-        norm.update(x, torch.ones(1000, dtype=torch.bool))
+        norm.update(x)
         assert norm(x).abs().max() <= 10
     assert (norm.square - norm.mean ** 2).sqrt() < 0.1 and norm(x)[0] == 10
 
@@ -566,20 +589,19 @@ def test_statistics_are_those_of_raw_inputs_and_come_first():
     spec = Spec(vector=1, horizon=9)
     encoder, tokens = TimestepEncoder(spec, 16, 32), random_tokens(spec)
     tokens["obs"]["vector"] = 50 + 5 * tokens["obs"]["vector"]
-    mask = torch.ones(2, 6, dtype=torch.bool)
-    seen = mlp_input(encoder, tokens, mask)[..., -1]
+    seen = mlp_input(encoder, tokens, learn=True)[..., -1]
     assert seen.mean().abs() < 1e-3 and abs(seen.std(correction=0) - 1) < 1e-3
-    encoder(tokens, mask)
+    encoder(tokens, learn=True)
     torch.testing.assert_close(encoder.norm.mean[-1].float(), tokens["obs"]["vector"].mean())
 
 
-def test_statistics_change_only_with_a_mask():
+def test_statistics_change_only_while_learning():
     """Catches acting and evaluation that move the statistics."""
     spec = Spec(vector=1, horizon=9)
     encoder, tokens = TimestepEncoder(spec, 16, 32), random_tokens(spec)
     encoder(tokens)
     assert encoder.norm.count == 0 and (encoder.norm.mean == 0).all()
-    encoder(tokens, torch.ones(2, 6, dtype=torch.bool))
+    encoder(tokens, learn=True)
     assert encoder.norm.count == 1
 
 

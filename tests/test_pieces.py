@@ -69,10 +69,10 @@ def kv_cache(names):
 def causal_attention(names):
     """Pasted attention and pasted cache give the same numbers."""
     attention, cache = names["CausalAttention"](8, 2).eval(), paste("KVCache")["KVCache"]
-    x, angle = torch.randn(1, 4, 8), torch.arange(4.0)[None, None, :, None] * torch.ones(2)
+    x, angle = torch.randn(1, 4, 8), torch.arange(4.0)[None, :, None, None, None] * torch.ones(2)
     full, cache = attention(x, (angle.cos(), angle.sin())), cache(1, 1, 2, 4, 4)
     for t in range(4):
-        here = angle[:, :, t:t + 1]
+        here = angle[:, t:t + 1]
         y = attention(x[:, t:t + 1], (here.cos(), here.sin()), cache)
         cache.end_step()
         torch.testing.assert_close(y[:, 0], full[:, t], atol=1e-5, rtol=1e-5)
@@ -82,7 +82,7 @@ def stable_block(names):
     block, x = names["StableBlock"](8, 2, 16).eval(), torch.randn(2, 5, 8)
     changed = x.clone()
     changed[:, 3:] += 1
-    angle = torch.arange(5.0)[None, None, :, None] * torch.ones(2)
+    angle = torch.arange(5.0)[None, :, None, None, None] * torch.ones(2)
     rotation = angle.cos(), angle.sin()
     torch.testing.assert_close(block(x, rotation)[:, :3], block(changed, rotation)[:, :3])
 

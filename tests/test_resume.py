@@ -650,7 +650,7 @@ def test_a_first_save_that_fails_leaves_the_results(monkeypatch, capfd):
 def test_a_resumed_run_lets_its_checkpoint_go():
     """Catches a second copy of the replay buffer that stays until the run ends."""
     assert am.main(train(POLE, 120, "--out", "run")) == 0
-    config, state = am.resumed_config({"env_steps": 180, "resume": "run"}, "run")
+    config, state = am.parse_command_line(["--resume", "run", "--env-steps", "180"])
     buffer = weakref.ref(state["processes"][0]["buffer"]["tokens"]["reward"])
     act, there = am.Collector.act, set()
     with pytest.MonkeyPatch.context() as patch:
