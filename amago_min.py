@@ -373,9 +373,9 @@ class Transformer(nn.Module):
             self.table = nn.Parameter(torch.randn(horizon + 1, width) * 0.02)
 
     def forward(self, x, time, cache=None, packing=None):
-        """x (B, T, D), time (B, T) int: the step of the episode -> (B, T, D)"""
-        B, T, D = x.shape
-        assert D == self.width and time.shape == (B, T), (x.shape, time.shape)
+        """x (B, T, D), time (B, T) int: the step of the episode -> (B, T, D); packed: B = 1"""
+        assert x.shape == time.shape + (self.width,), (x.shape, time.shape)
+        T = packing.shape[1] if packing else x.shape[1]                  # of a row
         rotation = window = None
         if self.positions == "learnable":
             x = x + self.table[time]
@@ -385,7 +385,6 @@ class Transformer(nn.Module):
         if self.positions in ("rotary", "both"):
             angle = time[:, :, None, None, None] * self.relative         # (B, T, 1, 1, d / 2)
             rotation = angle.cos(), angle.sin()
-        T = T if packing is None else packing.shape[1]
         if 0 < self.memory < T:
             window = x.new_ones(T, T, dtype=torch.bool).tril().triu(1 - self.memory)
         for layer, block in enumerate(self.blocks):
@@ -748,13 +747,13 @@ class Agent(nn.Module):
     def forward(self, *args):
         return self.loss(*args)    # DistributedDataParallel wraps calls
 
-    def loss(self, batch, pair=None):
+    def loss(self, batch, pair=None, packing=None):
         """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
 
             L = 10 L_TD + L_online + 0.1 L_offline
 
-        pair (2,): the critics that make the target; by default drawn at random."""
-        packing = Packing(batch["mask"], self.gammas.device)
+        pair (2,): the critics that make the target, by default random; packing: of the batch."""
+        packing = packing or Packing(batch["mask"], self.gammas.device)
         tokens = each(packing.pack, dict(batch["tokens"], done=F.pad(batch["done"], (1, 0))))
         states = self.trunk(tokens, packing=packing)[0].float()          # (N + B, D)
         s, after = states.index_select(0, packing.now), packing.now + 1  # (N, D), (N,)
@@ -1221,7 +1220,8 @@ class Learner:
         pair = torch.from_numpy(rng.permutation(self.config.critics)[:2])
         self.agent.train()
         with self.autocast:
-            loss, info = self.forward(batch, pair.to(self.device, non_blocking=True))
+            loss, info = self.forward(batch, pair.to(self.device, non_blocking=True),
+                                      Packing(batch["mask"], self.device))
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
