@@ -833,6 +833,47 @@ def plot_goals(done, path=None, title="", **references):
     return saved(figure, path)
 
 
+# [1] Table 1, "w/o Relabeling", after 32 million env steps; it has no row for saplings.
+CRAFTER_NO_RELABELING = {
+    "collect wood": .973, "collect drink": .792, "place plant": .999, "wake up": .045,
+    "place table": .944, "make wood sword": 0.0, "eat cow": .152, "defeat zombie": .689,
+    "make wood pickaxe": 0.0}
+
+
+def plot_progress(tables, path=None, columns=5, **references):
+    """Success against env steps, a panel for everything that was asked.
+
+    tables: {label: file that tests/benchmarks/goals.py wrote}; references: {name: {goal: share}},
+    a level line each
+    """
+    rows = {label: list(csv.DictReader(Path(file).read_text().splitlines()))
+            for label, file in tables.items()}
+    asked = list(dict.fromkeys(row["asked"] for table in rows.values() for row in table))
+    height = -(-len(asked) // columns)
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.5 * height), dpi=100, layout="constrained")
+    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).flat
+    for goal, axes in zip(asked, grid):
+        for i, (label, table) in enumerate(rows.items()):
+            points = sorted((int(row["env_steps"]), float(row["success"]))
+                            for row in table if row["asked"] == goal)
+            axes.plot(*zip(*points), ls=STYLES[i], color=COLOURS[i], label=label)
+        for (label, known), style in zip(references.items(), STYLES[2:]):
+            if goal in known:
+                axes.axhline(known[goal], color="k", lw=1, ls=style, label=label)
+        axes.set_title(goal, fontsize=9)
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.25)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in list(grid):                      # what no goal came to
+        axes.axis("off")
+    figure.supxlabel("env steps", fontsize=9)
+    figure.supylabel("share of episodes", fontsize=9)
+    labels = {label: line for axes in figure.axes
+              for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=4, fontsize=8)
+    return saved(figure, path)
+
+
 # ==================================================================================================
 # 8. Command line
 def main(argv=None):

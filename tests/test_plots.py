@@ -620,6 +620,23 @@ def test_goals_are_read_from_what_eval_printed(tmp_path, capsys):
     assert heights == pytest.approx([k / n for k, n in done.values()])
 
 
+def test_progress_shows_each_goal_in_its_panel(tmp_path):
+    """Catches points out of order, a goal in another's panel, and references that are lost."""
+    columns = "env_steps,updates,asked,episodes,success\n"
+    (tmp_path / "a.csv").write_text(columns + "200,2,eat cow,4,0.5\n100,1,eat cow,4,0.25\n"
+                                    "200,2,wake up,4,1\n")
+    (tmp_path / "b.csv").write_text(columns + "300,3,wake up,4,0\n")
+    figure = plots.plot_progress({"full": tmp_path / "a.csv", "none": tmp_path / "b.csv"},
+                                 columns=3, paper={"wake up": 0.1})
+    shown = [{line.get_label(): np.transpose(line.get_data()).tolist() for line in axes.lines}
+             for axes in figure.axes]
+    assert [axes.get_title() for axes in figure.axes] == ["eat cow", "wake up", ""]
+    assert shown[0] == {"full": [[100, 0.25], [200, 0.5]]}
+    assert shown[1]["full"] == [[200, 1]] and shown[1]["none"] == [[300, 0]]
+    assert shown[1]["paper"] == [[0, 0.1], [1, 0.1]] and not figure.axes[2].axison
+    assert [text.get_text() for text in figure.legends[0].texts] == ["full", "none", "paper"]
+
+
 def test_wilson_by_hand():
     """Catches intervals that leave [0, 1] or have no length at its ends."""
     assert plots.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
