@@ -249,26 +249,27 @@ class KVCache:
 
 
 class Packing:
-    """The real tokens of B rollouts one after the other, without the padding that makes all rows as
-    long as the longest: half of a batch, where rollouts end early. Only attention needs the rows.
+    """The real tokens of B rollouts one after the other, without the padding behind the shorter
+    ones, which is half of a batch where rollouts end early. Only attention needs the rows.
 
-        rows (B, T + 1, ...)    a0 a1 a2 --    pack ->    a0 a1 a2 b0 b1 b2 b3    (1, N + B, ...)
-                                b0 b1 b2 b3    <- pad
-    mask (B, T): the N real transitions, on the CPU, as counting them would wait for a GPU.
-    now (N,): where the packed tokens are that another one of their rollout follows.
+        rows (B, T + 1, ...)   a0 a1 a2 --     pack ->     a0 a1 a2 b0 b1 b2 b3   (1, N + B, ...)
+                               b0 b1 b2 b3    <- unpack
+    mask (B, T): the N real transitions, on the CPU: counting those on a GPU, we would wait for it.
+    now (N,): packed places of all tokens but each rollout's last; the next step's is at now + 1.
     """
 
     def __init__(self, mask, device="cpu"):
-        real = F.pad(mask, (1, 0), value=True)                           # (B, T + 1)
-        self.shape, self.full = real.shape, bool(real.all())             # full: nothing to copy
-        self.real, self.now = (x.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-                               for x in (real, F.pad(mask, (0, 1))[real]))
+        there = F.pad(mask, (1, 0), value=True)                          # (B, T + 1)
+        self.shape, self.full = there.shape, bool(there.all())           # full: nothing to copy
+        places = [x.flatten().nonzero().squeeze(1) for x in (there, F.pad(mask, (0, 1))[there])]
+        self.real, self.now = (x if str(device) == "cpu" else
+                               x.pin_memory().to(device, non_blocking=True) for x in places)
 
     def pack(self, x):
         x = x.flatten(0, 1)
         return (x if self.full else x.index_select(0, self.real)).unsqueeze(0)
 
-    def pad(self, x):
+    def unpack(self, x):
         """The inverse, with zeros where nothing is."""
         if not self.full:
             x = x.new_zeros(1, self.shape.numel(), *x.shape[2:]).index_copy(1, self.real, x)
@@ -298,14 +299,14 @@ class CausalAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, layer=0, window=None, packing=None):
         """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
-        rotation: cos and sin of rotate, each (B, T, 1, 1, d / 2). packing: of x, if it is packed.
+        rotation: cos and sin of rotate, each (B, T, 1, 1, d / 2). packing: how x was packed.
         window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         if rotation is not None:
             qkv = torch.cat([rotate(qkv[:, :, :2], *rotation), qkv[:, :, 2:]], dim=2)
         if packing is not None:
-            qkv = packing.pad(qkv)
+            qkv = packing.unpack(qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
         if cache is None:
             if x.device.type == "cpu":                   # bfloat16's backward is 5 times slower
@@ -338,7 +339,7 @@ class StableBlock(nn.Module):
         self.ff1, self.ff2 = SigmaLinear(width, ff), SigmaLinear(ff, width)
 
     def forward(self, x, *how):
-        """x (B, T, D) -> (B, T, D); how: see CausalAttention"""
+        """x (B, T, D) -> (B, T, D); how: CausalAttention.forward's arguments after x"""
         x = x + self.norm2(self.attention(self.norm1(x), *how))
         h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
         return x + self.ff2(self.norm4(h))
@@ -373,9 +374,9 @@ class Transformer(nn.Module):
             self.table = nn.Parameter(torch.randn(horizon + 1, width) * 0.02)
 
     def forward(self, x, time, cache=None, packing=None):
-        """x (B, T, D), time (B, T) int: the step of the episode -> (B, T, D); packed: B = 1"""
+        """x (B, T, D), time (B, T) int: the episode's step -> (B, T, D); packed, (1, N + B, D)"""
         assert x.shape == time.shape + (self.width,), (x.shape, time.shape)
-        T = packing.shape[1] if packing else x.shape[1]                  # of a row
+        T = packing.shape[1] if packing else x.shape[1]                  # of an unpacked row
         rotation = window = None
         if self.positions == "learnable":
             x = x + self.table[time]
@@ -615,7 +616,7 @@ class PopArt(nn.Module):
 
     @torch.no_grad()
     def update(self, targets, mask=None):
-        """targets (..., G), mask (...): take in new targets, rescale w and b to match."""
+        """targets (..., G): take them in (those where mask is True), rescale w and b to match."""
         y = targets.flatten(0, -2) if mask is None else targets[mask]    # (N, G)
         self.count += 1
         step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
@@ -733,7 +734,7 @@ class Agent(nn.Module):
         self.apply(lambda layer: layer.keep() if isinstance(layer, SigmaLinear) else None)
 
     def trunk(self, tokens, cache=None, packing=None):
-        """tokens (see `Trajectory`) -> s (B, T+1, D). Of packed ones input statistics are taken."""
+        """tokens (see `Trajectory`) -> s (B, T+1, D). Packed ones move the input statistics."""
         x = self.encoder(tokens, learn=packing is not None)
         return self.transformer(x, tokens["time"], cache, packing)
 
@@ -752,14 +753,14 @@ class Agent(nn.Module):
 
             L = 10 L_TD + L_online + 0.1 L_offline
 
-        pair (2,): the critics that make the target, by default random; packing: of the batch."""
+        pair (2,): the target's critics, by default random; packing: the batch's, see Learner."""
         packing = packing or Packing(batch["mask"], self.gammas.device)
         tokens = each(packing.pack, dict(batch["tokens"], done=F.pad(batch["done"], (1, 0))))
         states = self.trunk(tokens, packing=packing)[0].float()          # (N + B, D)
-        s, after = states.index_select(0, packing.now), packing.now + 1  # (N, D), (N,)
-        action, reward, done = (tokens[name][0, after] for name in ("action", "reward", "done"))
+        s, later = states.index_select(0, packing.now), packing.now + 1  # (N, D), (N,)
+        action, reward, done = (tokens[name][0, later] for name in ("action", "reward", "done"))
         N, G, C = len(s), len(self.gammas), self.critics.num_critics
-        target = self.td_target(states[after], reward, done, pair)       # (N, G)
+        target = self.td_target(states[later], reward, done, pair)       # (N, G)
         self.popart.update(target)
 
         # q: the critics at the action that was taken. v: at the policy's, with neither the critics
@@ -782,13 +783,13 @@ class Agent(nn.Module):
         info = dict(critic_loss=td, actor_loss=online, bc_loss=offline,
                     filter=(advantage > 0).float().mean(), value=target[:, -1].mean())
         # The mean over all processes must weigh every step the same, not every process.
-        share = N * world_size() / sum_over_ranks(N)
+        share = N * world_size() / sum_over_ranks(s.new_full((), N))
         return (share * (CRITIC_WEIGHT * td + ONLINE_WEIGHT * online + OFFLINE_WEIGHT * offline),
                 {name: x.detach() for name, x in info.items()})
 
     @torch.no_grad()
     def td_target(self, after, reward, done, pair=None):
-        """after (N, D), the next states; reward, done (N,) -> targets (N, G), by target networks"""
+        """after (..., D), the next states; reward, done (...) -> targets (..., G)"""
         pi = self.target_actor(after)
         # REDQ [5]: the lower of two critics, drawn anew for every update. The lowest of all would
         # be too pessimistic, their mean too optimistic.
@@ -900,7 +901,7 @@ class ReplayBuffer:
         """B rollouts drawn uniformly; of one longer than `context`, a random slice that long.
 
         -> dict(tokens=dict(obs=dict, action, reward, reset, time), each (B, T+1, ...),
-                done (B, T), mask (B, T)), on `device`. T is the longest of the B."""
+                done (B, T)) on `device`, mask (B, T) on the CPU. T is the longest of the B."""
         rollouts = []
         for i in (self.first + self.rng.integers(self.count, size=batch)) % len(self.starts):
             start, end = self.starts[i], self.starts[i] + self.lengths[i] + 1
@@ -1158,9 +1159,8 @@ def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambd
         torch.manual_seed(seed)
         collector = Collector(env, n_envs, agent, context, seed)
         left = episodes // n_envs + (np.arange(n_envs) < episodes % n_envs)
-        # Shown after 3 s; it reaches its end only if no episode ends early.
         with environments.progress_bar(left.max() * agent.spec.horizon, process_rank() == 0,
-                                       delay=3) as bar:
+                                       delay=3) as bar:      # full if no episode ends early
             while left.max() > 0 and not stop():
                 for i, trajectory in collector.step():
                     if left[i] > 0:
@@ -1221,7 +1221,7 @@ class Learner:
         self.agent.train()
         with self.autocast:
             loss, info = self.forward(batch, pair.to(self.device, non_blocking=True),
-                                      Packing(batch["mask"], self.device))
+                                      Packing(batch["mask"], self.device))   # cannot be compiled
         self.agent.eval()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

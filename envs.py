@@ -3049,15 +3049,16 @@ def blame(path):
 
 
 def check_archive(path):
-    """ValueError for a damaged zip file, and for one with flags in it: torch looks at neither."""
+    """ValueError for a zip file that is damaged or whose members carry file attributes; torch
+    looks at neither."""
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() or any(member.external_attr for member in archive.infolist()):
             raise ValueError("wrong checksum")
 
 
 def no_device(name, gpus, own):
-    """The error for a --device that is not here. gpus: how many are; own: whether it is the one
-    that torchrun gave to this process alone, so that no other process says so too."""
+    """The error for a --device that is not here. gpus: how many are; own: whether it is this
+    process's own under torchrun: others have another, so each has to complain for itself."""
     there = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(gpus)])
     return (MachineError if own and gpus else UsageError)(
         f"--device {name!r} is not here; there is {there}")

@@ -543,7 +543,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, tmp_path):
     use(monkeypatch, Choice)
     loss, calls = am.Agent.loss, []
 
-    def spoil(self, batch, pair=None):
+    def spoil(self, batch, *more):
         calls.append(batch)
         total, info = loss(self, batch)
         return total * (math.nan if len(calls) == 4 else 1), info
@@ -563,7 +563,7 @@ def test_an_environment_that_breaks_while_a_loss_is_not_finite(monkeypatch, caps
     loss, check, calls = am.Agent.loss, am.environments.Shard.check, []
     last = 24                                             # update between two steps of Choice
 
-    def spoil(self, batch, pair=None):
+    def spoil(self, batch, *more):
         calls.append(batch)
         total, info = loss(self, batch)
         return total * (math.nan if len(calls) == last else 1), info
@@ -607,7 +607,7 @@ def test_gradients_that_are_not_finite_stop_the_run(monkeypatch, capsys, tmp_pat
     use(monkeypatch, Choice)
     loss, calls = am.Agent.loss, []
 
-    def spoil(self, batch, pair=None):
+    def spoil(self, batch, *more):
         calls.append(batch)
         total, info = loss(self, batch)
         if len(calls) == 4:

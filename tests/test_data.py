@@ -357,10 +357,10 @@ def test_nobody_can_spoil_the_buffer_from_outside():
 def test_learning_leaves_the_batch_alone():
     """Catches a loss that writes into sampled data, which may be looked at or used again."""
     for spec in SPECS.values():
-        batch = padded_batch(spec)
-        before = copy.deepcopy(batch)
-        am.Agent(spec, am.Config()).loss(batch)[0].backward()
-        assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(before)))
+        for batch in padded_batch(spec), buffer_of(spec, [5, 5])[0].sample(2, context=9):
+            before = copy.deepcopy(batch)
+            am.Agent(spec, am.Config()).loss(batch)[0].backward()
+            assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(before)))
 
 
 # ---- exploration ----

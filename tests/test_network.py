@@ -119,10 +119,10 @@ def test_packing_by_hand():
     assert packed.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert packed[0, packing.now].tolist() == [1, 2, 4, 5, 6]
     assert packed[0, packing.now + 1].tolist() == [2, 3, 5, 6, 7]
-    assert packing.pad(packed).tolist() == [[1, 2, 3, 0], [4, 5, 6, 7]]
+    assert packing.unpack(packed).tolist() == [[1, 2, 3, 0], [4, 5, 6, 7]]
     full = Packing(torch.ones(2, 3, dtype=torch.bool))
     assert full.pack(rows).tolist() == [[1, 2, 3, 99, 4, 5, 6, 7]]
-    assert full.pad(full.pack(rows)).tolist() == rows.tolist()
+    assert full.unpack(full.pack(rows)).tolist() == rows.tolist()
 
 
 @pytest.mark.parametrize("memory", [0, 3])

@@ -29,8 +29,8 @@ On an Intel Xeon with AMX (403 GFLOP/s in fp32), RP, one thread, both in one pro
     torch.compile of the whole loss (its gradients are those of the plain one up to rounding, with
       padding, discrete and continuous), updates/s on two quiet threads: nano 30.3
       -> 39.4, small 19.1 -> 28.0, paper 10.4 -> 12.7; beside other trainings, ms per update, one
-      thread: CartPole 49 -> 25, maze:11x11 357 -> 265, Pendulum (continuous) 807 -> 1042. Takes 20
-      to 100 s at first                                               kept as an option, --compile
+      thread, before Packing: CartPole 49 -> 25, maze:11x11 357 -> 265, Pendulum (continuous)
+      807 -> 1042. Takes 20 to 100 s at first                         kept as an option, --compile
     compiling the Transformer's blocks only: small 138 -> 105, the whole loss 119 -> 67    whole
     nothing computed on padding (Packing), beside two trainings, processor ms per update, nano:
       maze:11x11 390 -> 245, Crafter 680 -> 430 (about half of a batch is real), CartPole 44 -> 33;
