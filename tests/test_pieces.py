@@ -66,6 +66,13 @@ def kv_cache(names):
     assert valid.tolist() == [[True, False, False], 3 * [True]]
 
 
+def packing(names):
+    rows = torch.tensor([[1, 2, 0], [3, 4, 5]])
+    packing = names["Packing"](rows[:, 1:] > 0)
+    assert packing.pack(rows).tolist() == [[1, 2, 3, 4, 5]] and packing.now.tolist() == [0, 2, 3]
+    assert torch.equal(packing.unpack(packing.pack(rows)), rows)
+
+
 def causal_attention(names):
     """Pasted attention and pasted cache give the same numbers."""
     attention, cache = names["CausalAttention"](8, 2).eval(), paste("KVCache")["KVCache"]
@@ -159,9 +166,10 @@ def replay_buffer(names):
         names["ReplayBuffer"](spec, 4, None)
 
 
-AT_WORK = dict(SigmaLinear=sigma_linear, KVCache=kv_cache, CausalAttention=causal_attention,
-               StableBlock=stable_block, PopArt=popart, Critics=critics, td_targets=td_targets,
-               Trajectory=trajectory, relabel=relabel, ReplayBuffer=replay_buffer)
+AT_WORK = dict(SigmaLinear=sigma_linear, KVCache=kv_cache, Packing=packing,
+               CausalAttention=causal_attention, StableBlock=stable_block, PopArt=popart,
+               Critics=critics, td_targets=td_targets, Trajectory=trajectory, relabel=relabel,
+               ReplayBuffer=replay_buffer)
 
 
 @pytest.mark.parametrize("name", AT_WORK)
