@@ -303,14 +303,14 @@ class CausalAttention(nn.Module):
         window: (T, T) bool, what may be attended to; None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        if x.device.type == "cpu":                       # bfloat16's backward is 5 times slower
+            qkv = qkv.float()
+        qk, v = qkv.split((2, 1), dim=2)
         if rotation is not None:
-            qkv = torch.cat([rotate(qkv[:, :, :2], *rotation), qkv[:, :, 2:]], dim=2)
-        if packing is not None:
-            qkv = packing.unpack(qkv)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, T, d)
+            qk = rotate(qk, *rotation)
+        q, k, v = ((x if packing is None else packing.unpack(x)).transpose(1, 2)
+                   for x in (*qk.unbind(2), v.squeeze(2)))               # 3 x (B, H, T, d)
         if cache is None:
-            if x.device.type == "cpu":                   # bfloat16's backward is 5 times slower
-                q, k, v = q.float(), k.float(), v.float()
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
@@ -341,7 +341,7 @@ class StableBlock(nn.Module):
     def forward(self, x, *how):
         """x (B, T, D) -> (B, T, D); how: CausalAttention.forward's arguments after x"""
         x = x + self.norm2(self.attention(self.norm1(x), *how))
-        h = F.leaky_relu(self.ff1(self.norm3(x)), inplace=True)          # (B, T, ff)
+        h = F.leaky_relu(self.ff1(self.norm3(x)))                        # (B, T, ff)
         return x + self.ff2(self.norm4(h))
 
 

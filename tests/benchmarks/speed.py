@@ -35,6 +35,14 @@ On an Intel Xeon with AMX (403 GFLOP/s in fp32), RP, one thread, both in one pro
     nothing computed on padding (Packing), beside two trainings, processor ms per update, nano:
       maze:11x11 390 -> 245, Crafter 680 -> 430 (about half of a batch is real), CartPole 44 -> 33;
       RepeatPreviousEasy, without padding, 64 -> 63, small 105 -> 106                        kept
+Paper, RP, on a slower day (334 GFLOP/s in fp32, 1 700 to 1 800 in bfloat16), two quiet threads,
+by turns in one process; an update is 33 ms of matrix products, 9 of attention, 8 of AdamW, norm
+and targets, 65 of operations that only move memory (compiled: 28, 9, 8, 38):
+    queries, keys and values split, not sliced and joined again; no in-place activation on a view:
+      nano 39.3 -> 38.2, small 62.5 -> 59.4, paper 127 -> 120; compiled small 47.7 -> 44.8   kept
+    and rotary as a complex product: nano 37.7, small 58.7, paper 115; but compiled (no code for
+      complex numbers) paper 86 -> 92, and all weights change their meaning            not used
+    attention as plain products (SDPBackend.MATH): paper 115 -> 118                    not used
 """
 
 import argparse
