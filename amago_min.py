@@ -1367,7 +1367,7 @@ def train(config, saved=None):
 
 def hindsight(config, env, rng):
     """-> what ReplayBuffer takes to relabel what it draws: a function and a GoalRarity, or None."""
-    if not environments.has_hindsight(env, config.relabel):
+    if not environments.has_hindsight(env, config):
         return None, None
     rarity = GoalRarity() if config.importance else None
     scheme = "some" if config.relabel == "auto" else config.relabel

@@ -913,17 +913,19 @@ class Instructed(World):
         return ", ".join(parts)
 
 
-def has_hindsight(env, relabel="auto"):
-    """Whether the goals of this environment can be relabeled. UsageError, with the reason, if they
-    cannot and `relabel`, of --relabel, asks for it."""
+def has_hindsight(env, config):
+    """Whether the goals of this environment can be relabeled. UsageError, with the reason, if an
+    option of `config` asks for what its instructions, or that it has none, do not allow."""
     if hasattr(env, "max_achieved"):
         return True
-    if relabel in ("some", "all"):
-        space = env.observation_space
-        why = (f"relabeling does not go through meta:, as in {env.name}"
-               if isinstance(space, spaces.Dict) and "instruction" in space.spaces else
-               f"{env.name} has no instructions")
-        raise UsageError(f"--relabel {relabel}: {why}")
+    instructed = "instruction" in getattr(env.observation_space, "spaces", ())
+    why = (f"relabeling does not go through meta:, as in {env.name}" if instructed else
+           f"{env.name} has no instructions")
+    for option, given in ((f"--relabel {config.relabel}", config.relabel in ("some", "all")),
+                          ("--no-importance", not config.importance),
+                          ("--hide-plan", config.hide_plan and not instructed)):
+        if given:
+            raise UsageError(f"{option}: {why}")
     return False
 
 

@@ -355,7 +355,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
     ("rollouts are not counted", AMAGO,
      "self.rarity.update(trajectory.achieved)", "pass", RELABEL + "training_relabels_as_asked"),
     ("--relabel is ignored where it cannot be", "envs.py",
-     'if relabel in ("some", "all"):', "if False:",
+     'config.relabel in ("some", "all")),', "False),",
      RELABEL + "relabeling_needs_instructions"),
     ("a goal counts twice in one rollout", "envs.py",
      "(self.rollouts, set(goals))", "(self.rollouts, goals)", RELABEL + "frequencies_by_hand"),

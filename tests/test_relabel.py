@@ -481,17 +481,20 @@ def test_batches_are_relabeled_rollouts(context):
 
 
 def test_relabeling_needs_instructions(capsys, tmp_path):
-    """Catches --relabel some that is silently ignored, or a folder left by a refused run."""
-    for scheme in ("some", "all"):
-        assert am.main(f"--env popgym:RepeatPreviousEasy --env-steps 1 --episodes 1 --relabel"
-                       f" {scheme} --out {tmp_path / 'run'}".split()) == 2
+    """Catches an option about instructions that is silently ignored, or a folder left behind."""
+    none, meta = "RepeatPreviousEasy has no instructions", "relabeling does not go through meta:"
+    for env, option, why in (
+            ("popgym:RepeatPreviousEasy", "--relabel some", none),
+            ("popgym:RepeatPreviousEasy", "--relabel all", none),
+            ("popgym:RepeatPreviousEasy", "--no-importance", none),
+            ("popgym:RepeatPreviousEasy", "--hide-plan", none),
+            ("meta:maze:5x5", "--relabel some", meta), ("meta:maze:5x5", "--no-importance", meta)):
+        assert am.main(f"--env {env} --env-steps 1 --episodes 1 {option}"
+                       f" --out {tmp_path / 'run'}".split()) == 2
         error = capsys.readouterr().err
-        assert f"--relabel {scheme}" in error and "RepeatPreviousEasy has no instructions" in error
+        assert f"{option}: " in error and why in error
         assert error.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert am.main(f"--env meta:maze:5x5 --relabel some --out {tmp_path / 'run'}".split()) == 2
-    error = capsys.readouterr().err
-    assert "--relabel some: relabeling does not go through meta:" in error
-    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert am.hindsight(am.Config(hide_plan=True), make_env("meta:maze:5x5"), None)[1] is None
     popgym = make_env("popgym:RepeatPreviousEasy")
     for scheme in ("auto", "none"):
         assert am.hindsight(am.Config(relabel=scheme), popgym, None) == (None, None)
