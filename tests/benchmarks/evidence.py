@@ -40,7 +40,7 @@ JOBS = {
     "worlds/darkkey-9x9-0": "--env darkkey:9x9 --env-steps 1200000 --buffer-steps 100000",
     "worlds/maze-15x15-0": "--env maze:15x15 --env-steps 800000",
     "worlds/maze-30x30-0": "--env maze:30x30 --env-steps 2100000",
-    "worlds/crafter-undirected-0": "--env crafter:undirected --env-steps 2100000",
+    "worlds/crafter-undirected-0": "--env crafter:undirected --env-steps 600000",
     "worlds/cheetah-vel-0": "--env cheetah:vel --env-steps 1250000",
     "worlds/metaworld-reach-0": "--env metaworld:reach --env-steps 2100000",
     "worlds/metaworld-ml45-0": "--env metaworld:ML45 --env-steps 2100000",
