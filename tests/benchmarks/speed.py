@@ -43,6 +43,9 @@ and targets, 65 of operations that only move memory (compiled: 28, 9, 8, 38):
     and rotary as a complex product: nano 37.7, small 58.7, paper 115; but compiled (no code for
       complex numbers) paper 86 -> 92, and all weights change their meaning            not used
     attention as plain products (SDPBackend.MATH): paper 115 -> 118                    not used
+    TORCHINDUCTOR_CPP_WRAPPER=1: compiled small 35.0 -> 37.0                           not used
+    PE, the critics of each gamma's action in chunks that fit the cache, one thread beside two
+      trainings: 396 -> 375                                                            not used
 """
 
 import argparse
