@@ -417,10 +417,11 @@ def test_rare_goals_are_preferred():
 def test_the_collector_writes_down_what_every_step_reached(name):
     """Catches goals that are stored a step early or late, or left from an older rollout; a lost
     episode or success: the actions, played again in a plain loop, give the same trajectory."""
+    torch.manual_seed(0)                           # what is left from an older rollout is rare
     env = make_env(name)
     agent = am.Agent(am.Spec.of(env), am.Config()).eval()
     collector = am.Collector(name, 3, agent, 1024, seed=5)
-    finished = [trajectory for _ in range(140) for _, trajectory in collector.step()]
+    finished = [trajectory for _ in range(300) for _, trajectory in collector.step()]
     assert len(finished) >= 3
     for trajectory in finished:
         np.testing.assert_equal(parts(trajectory),
