@@ -308,8 +308,8 @@ class CausalAttention(nn.Module):
         qk, v = qkv.split((2, 1), dim=2)
         if rotation is not None:
             qk = rotate(qk, *rotation)
-        q, k, v = ((x if packing is None else packing.unpack(x)).transpose(1, 2)
-                   for x in (*qk.unbind(2), v.squeeze(2)))               # 3 x (B, H, T, d)
+        q, k, v = ((part if packing is None else packing.unpack(part)).transpose(1, 2)
+                   for part in (*qk.unbind(2), v.squeeze(2)))            # 3 x (B, H, T, d)
         if cache is None:
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
