@@ -307,7 +307,7 @@ class CausalAttention(nn.Module):
             qkv = qkv.float()
         qk, v = qkv.split((2, 1), dim=2)
         if rotation is not None:
-            qk = rotate(qk, *rotation)
+            qk = rotate(qk, *rotation).to(v.dtype)           # the angles are in float32
         q, k, v = ((part if packing is None else packing.unpack(part)).transpose(1, 2)
                    for part in (*qk.unbind(2), v.squeeze(2)))            # 3 x (B, H, T, d)
         if cache is None:
