@@ -193,7 +193,8 @@ class SigmaLinear(nn.Module):
 
     def keep(self):
         """Compute W_hat once for many steps in eval mode. Call it again when weights change."""
-        self.kept = self.scaled_weight().detach()
+        weight = self.scaled_weight().detach()
+        self.kept = weight if self.kept is None else self.kept.copy_(weight)
 
 
 class KVCache:
@@ -215,21 +216,26 @@ class KVCache:
     """
 
     def __init__(self, layers, n_envs, heads, context, d_head, device="cpu", dtype=torch.float32):
+        # To a GPU all steps look alike, over all slots, written or not: it replays them (Recorded).
+        self.static = torch.device(device).type == "cuda"
         shape = (layers, n_envs, heads, context, d_head)
         self.keys = torch.full(shape, math.nan, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.context = context
         self.length = np.zeros(n_envs, dtype=np.int64)   # on the host: no read-back from a GPU
         self.rows = torch.arange(n_envs, device=device)
+        self.slot = torch.zeros(n_envs, dtype=torch.int64, device=device)
+        self.mask = torch.zeros(n_envs, context, dtype=torch.bool, device=device)
         self.begin_step()
 
     def begin_step(self):
         """Fix where this step's token goes in every layer, and which slots may be attended to."""
-        device = self.keys.device
-        self.width = int(min(self.length.max() + 1, self.context))
+        longest = self.context if self.static else self.length.max() + 1
+        self.width = int(min(longest, self.context))
         valid = np.arange(self.width) <= self.length[:, None]                 # (N, width)
-        self.slot = torch.from_numpy(self.length % self.context).to(device, non_blocking=True)
-        self.valid = None if valid.all() else torch.from_numpy(valid).to(device, non_blocking=True)
+        self.slot.copy_(torch.from_numpy(self.length % self.context))
+        self.valid = None if valid.all() and not self.static else self.mask[:, :self.width].copy_(
+            torch.from_numpy(valid))
 
     def append(self, layer, key, value):
         """key, value (N, H, d_head) of this step -> all keys, values (N, H, width, d_head) so far,
@@ -742,8 +748,11 @@ class Agent(nn.Module):
     def act(self, tokens, cache):
         """tokens of one step (N, 1, ...) -> actions (N,) or (N, A) of the last gamma's policy."""
         assert not self.training, "act in eval mode: a training forward changes sigma's u and v"
-        s = self.trunk(tokens, cache=cache)[:, 0]                        # (N, D)
-        return self.actor(s).sample()[:, -1]
+        pi = self.actor(self.trunk(tokens, cache=cache)[:, 0])           # batch (N, G)
+        if not self.spec.discrete:
+            return pi.rsample()[:, -1]
+        # As pi.sample() draws, the largest of p / Exp(1); that has checks for which a GPU waits.
+        return (pi.probs / torch.empty_like(pi.probs).exponential_()).argmax(-1)[:, -1]
 
     def forward(self, *args):
         return self.loss(*args)    # DistributedDataParallel wraps calls
@@ -1057,7 +1066,8 @@ class Collector:
         self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
         self.device = next(agent.parameters()).device
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
-        self.cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
+        self.cache = cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
+        self.decide = environments.Recorded(lambda tokens: agent.act(tokens, cache), cache.static)
         self.tokens = self.spec.token_arrays(n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
@@ -1073,7 +1083,7 @@ class Collector:
 
     def act(self):
         """Choose an action everywhere and start the step."""
-        action = self.agent.act(self.newest(), self.cache).cpu().numpy()
+        action = self.decide(self.newest()).cpu().numpy()
         if self.exploration:
             action = self.exploration(action, self.time, self.env_steps)
         self.time += 1
@@ -1190,12 +1200,15 @@ class Learner:
         self.begun = None                                # an update that is not ended yet
         self.device = agent.gammas.device
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=config.lr,
-                                           weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.trainable, weight_decay=config.weight_decay,
+                                           fused=True)
+        self.on_gpu = self.device.type == "cuda"
+        self.lr = torch.tensor(0.0, device=self.device)
+        self.link_optimizer()
         # bfloat16 where it is faster: on a GPU or CPU that has it, for tiny sizes not on a CPU.
         capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
         capable = capable and agent.transformer.width >= 128
-        faster = torch.cuda.is_bf16_supported(False) if self.device.type == "cuda" else capable
+        faster = torch.cuda.is_bf16_supported(False) if self.on_gpu else capable
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
             config.amp == "on" or config.amp == "auto" and faster))
         self.forward = agent
@@ -1205,6 +1218,15 @@ class Learner:
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False           # the statistics agree by themselves
+        at_once = self.on_gpu and world_size() == 1
+        self.gradient_again, self.step, self.refresh = (
+            environments.Recorded(f, at_once) for f in (self.gradient, self.step, self.refresh))
+
+    def link_optimizer(self):
+        """The learning rate is a tensor, which a recorded step reads anew; see Recorded."""
+        for group in self.optimizer.param_groups:
+            self.lr.fill_(group["lr"])
+            group.update(lr=self.lr, capturable=self.on_gpu)
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
@@ -1214,19 +1236,25 @@ class Learner:
 
     def begin_update(self, batch):
         """The first part of `update`, in which nothing waits for a GPU: up to the gradient."""
-        before = [x.clone() for x in self.agent.buffers()]   # running statistics, sigma's u and v
         # A function of the update's number, so that all processes draw the same pair of critics.
         rng = np.random.default_rng((self.config.seed, self.updates))
         pair = torch.from_numpy(rng.permutation(self.config.critics)[:2])
+        inputs = dict(batch, pair=pair.to(self.device, non_blocking=True))
+        packing = Packing(batch["mask"], self.device)        # cannot be compiled
+        compute = self.gradient_again if packing.full else self.gradient
+        self.begun = batch, *compute(inputs, packing)
+
+    def gradient(self, inputs, packing):
+        """-> loss, norm, the buffers (running statistics, sigma's u and v) as they were, info"""
+        before = [x.clone() for x in self.agent.buffers()]
         self.agent.train()
         with self.autocast:
-            loss, info = self.forward(batch, pair.to(self.device, non_blocking=True),
-                                      Packing(batch["mask"], self.device))   # cannot be compiled
+            loss, info = self.forward(inputs, inputs["pair"], packing)
         self.agent.eval()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.on_gpu)            # there, in place
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        self.begun = batch, loss.detach(), norm, before, info
+        return loss.detach(), norm, before, info
 
     def end_update(self):
         """The second part, if there was a first: wait for the gradient, take the step -> info."""
@@ -1236,21 +1264,29 @@ class Learner:
         if not torch.isfinite(sum_over_ranks(loss + norm)):
             torch._foreach_copy_(list(self.agent.buffers()), before)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup)
-        self.optimizer.step()
-        self.average.critics.rescale(self.agent.popart.w, self.agent.popart.b)
-        self.agent.fold_popart()
-        self.agent.update_targets(self.config.tau)
+        self.lr.fill_(self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup))
+        self.step({})
         self.updates += 1
         self.update_average()
         return info
 
+    def step(self, _):
+        """The optimiser's step, and what has to follow it at once."""
+        self.optimizer.step()
+        self.average.critics.rescale(self.agent.popart.w, self.agent.popart.b)
+        self.agent.fold_popart()
+        self.agent.update_targets(self.config.tau)
+
     @torch.no_grad()
     def update_average(self):
-        """Move the average's weights (formula above); its statistics are the agent's own."""
+        """Move the average's weights (formula above)."""
         rate = max(0.01, 30 / (self.updates + 30))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.agent.parameters()), rate)
+        self.refresh({})
+
+    @torch.no_grad()
+    def refresh(self, _):
+        """The average's statistics are the agent's own; and its weights have moved."""
         torch._foreach_copy_(list(self.average.buffers()), list(self.agent.buffers()))
         self.average.keep()
 
@@ -1268,6 +1304,7 @@ class Learner:
         self.average.load_state_dict(state["average"])
         self.average.keep()
         self.optimizer.load_state_dict(state["optimizer"])
+        self.link_optimizer()
         self.updates, self.started = state["updates"], state["started"]
 
 

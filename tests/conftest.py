@@ -4,6 +4,8 @@ a warning that one of our own files raises is an error."""
 import pathlib
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -13,6 +15,15 @@ except ModuleNotFoundError:  # the environments need no torch
     pass
 else:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """A GPU is seen by test_cuda.py alone: the others demand numbers that a CPU repeats exactly."""
+    if request.module.__name__ != "test_cuda" and "torch" in sys.modules:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
 
 OURS = [path.stem for folder in (".", "notebooks", "tests", "tests/benchmarks")
         for path in sorted((ROOT / folder).glob("*.py"))]

@@ -1,6 +1,5 @@
-"""The same numbers on a GPU, and nothing that makes the program wait for it. Skipped without one.
-
-Everything else in tests/ runs on a GPU too where there is one, as --device auto picks it.
+"""The same numbers on a GPU as on a CPU, and nothing that makes the program wait for it. Docstrings
+name the bugs they catch. All but the first test are skipped where there is no GPU.
 """
 
 import copy
@@ -13,11 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import amago_min as am
+import envs as environments
 from test_data import buffer_of
 from test_losses import SPECS, both_kinds, make_agent, make_batch
 from test_network import random_tokens
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 EVERYTHING = am.Spec(vector=3, image=(16, 16, 3), texture=(9, 7, 20), instruction=(3, 4, 30),
                      actions=5, horizon=9)
 
@@ -26,8 +26,47 @@ EVERYTHING = am.Spec(vector=3, image=(16, 16, 3), texture=(9, 7, 20), instructio
 def seeded(monkeypatch):
     """One seed, and policies that take the mean: the two devices draw different numbers."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)       # three digits
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal",
                         lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device))
+
+
+class ReplayingGraph:
+    """Stands for torch.cuda.graph and CUDAGraph where there is no GPU: computes again."""
+    def __init__(self, graph=None):
+        self.graph = graph
+
+    def __enter__(self):
+        ReplayingGraph.recording = True
+
+    def __exit__(self, *_):
+        ReplayingGraph.recording = False
+
+    def replay(self):
+        ReplayingGraph.recorded.result.copy_(ReplayingGraph.recorded.function(
+            ReplayingGraph.recorded.inputs, *ReplayingGraph.recorded.more))
+
+
+def test_a_recorded_function_is_that_function(monkeypatch):
+    """Catches a replay with an earlier call's inputs or of other shapes, and a result of the
+    recording, in which a GPU computes nothing."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", ReplayingGraph)
+    monkeypatch.setattr(torch.cuda, "graph", ReplayingGraph)
+    calls = []
+
+    def double(inputs, name):
+        calls.append(name)
+        recording = getattr(ReplayingGraph, "recording", False)
+        return torch.zeros_like(inputs["x"]) if recording else 2 * inputs["x"]
+    ReplayingGraph.recorded = recorded = environments.Recorded(double, True)
+    for i, size in enumerate([1, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 3, 2]):
+        x = torch.full((size,), float(i))
+        assert recorded(dict(x=x), i).tolist() == [2.0 * i] * size, (i, size)
+        assert recorded.graph is None or i >= 8
+    assert recorded.graph and calls == [*range(8), 8, 8, 8, 8, 11, 8]
+    plain = environments.Recorded(double, False)
+    for i in range(6):
+        assert plain(dict(x=torch.ones(1)), i).tolist() == [2.0] and plain.graph is None
 
 
 def on(device, batch):
@@ -44,6 +83,7 @@ def loss_and_gradients(agent, batch, device, amp=False):
                          if p.grad is not None}
 
 
+@gpu
 @both_kinds
 def test_the_loss_and_its_gradients_are_those_of_a_cpu(kind):
     """Catches anything that a GPU computes differently, with padding and without."""
@@ -59,6 +99,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_cpu(kind):
             torch.testing.assert_close(x.cpu(), dict(mine.named_buffers())[name], msg=name)
 
 
+@gpu
 def test_every_part_of_an_observation_is_read_alike():
     """Catches a picture, a map or an instruction that is laid out differently on a GPU."""
     agent = am.Agent(EVERYTHING, am.Config()).eval()
@@ -69,6 +110,7 @@ def test_every_part_of_an_observation_is_read_alike():
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
+@gpu
 @both_kinds
 def test_bfloat16_rounds_but_keeps_statistics_in_float32(kind):
     """Catches statistics, values or sigma in bfloat16, whose numbers have three digits."""
@@ -83,6 +125,7 @@ def test_bfloat16_rounds_but_keeps_statistics_in_float32(kind):
         torch.testing.assert_close(buffers[name], x, rtol=close, atol=close, msg=name)
 
 
+@gpu
 def test_attention_is_flash_attention(monkeypatch):
     """Catches a mask or a type with which attention would need T^2 memory."""
     agent, batch = make_agent("discrete").cuda().train(), on("cuda", make_batch("discrete"))
@@ -102,6 +145,7 @@ def syncs_of(call):
     return [f"{x.filename}:{x.lineno}" for x in caught if "synchroniz" in str(x.message)]
 
 
+@gpu
 @both_kinds
 def test_an_update_waits_for_the_gpu_once(kind):
     """Catches a hidden `.item()`: only the check for a finite gradient may wait."""
@@ -115,20 +159,45 @@ def test_an_update_waits_for_the_gpu_once(kind):
     assert len(syncs_of(learner.end_update)) == 1
 
 
+@gpu
+@both_kinds
+def test_a_recorded_update_is_the_same_update(kind):
+    """Catches a learning rate, a gradient or weights of the recording that later updates use, and
+    batches with padding that are taken for full ones."""
+    config = am.Config(critics=3, gammas=(.5, .9, .99), amp="off", warmup=20)
+    agent = make_agent(kind).cuda().eval()
+    plain, fast = (am.Learner(copy.deepcopy(agent), config) for _ in range(2))
+    for recorded in (plain.gradient_again, plain.step, plain.refresh):
+        recorded.usable = False
+    for i in range(12):
+        batch = on("cuda", make_batch(kind, (5, 3, 1) if i in (2, 9) else (5, 5, 5)))
+        expected, found = plain.update(batch), fast.update(batch)
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4, msg=f"{i} {name}")
+    assert fast.gradient_again.graph and fast.step.graph and fast.refresh.graph
+    for mine, other in ((plain.agent, fast.agent), (plain.average, fast.average)):
+        for (name, p), q in zip(mine.state_dict().items(), other.state_dict().values()):
+            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@gpu
 def test_cached_acting_equals_one_pass_over_the_rollout():
-    """Catches a cache whose slots or masks are those of another step on a GPU."""
+    """Catches a cache whose slots or masks are those of another step when that is replayed."""
     spec = SPECS["discrete"]
-    agent, tokens = make_agent("discrete").cuda().eval(), random_tokens(spec, 3, 7)
+    agent, tokens = make_agent("discrete").cuda().eval(), random_tokens(spec, 3, 10)
     tokens = am.each(lambda x: x.cuda(), tokens)
-    cache, steps = agent.transformer.new_cache(3, 9), []
+    cache, steps = agent.transformer.new_cache(3, 10), []
+    read = environments.Recorded(lambda tokens: agent.trunk(tokens, cache), True)
     with torch.inference_mode():
         whole = agent.trunk(tokens)
-        for t in range(7):
-            steps.append(agent.trunk(am.each(lambda x: x[:, t:t + 1], tokens), cache))
+        for t in range(10):
+            steps.append(read(am.each(lambda x: x[:, t:t + 1], tokens)).clone())
             cache.end_step()
+    assert read.graph
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-4)
 
 
+@gpu
 def test_a_compiled_loss_is_the_same_loss():
     """Catches a graph that is replayed with another batch's numbers, rollouts of any length."""
     agent = make_agent("discrete").cuda()
@@ -142,6 +211,7 @@ def test_a_compiled_loss_is_the_same_loss():
             torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@gpu
 def test_the_main_job_on_a_gpu_goes_on_on_a_cpu(tmp_path):
     """Catches a run that does not learn there, or whose checkpoint only a GPU can read."""
     env, run = "popgym:RepeatPreviousEasy", tmp_path / "run"

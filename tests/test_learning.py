@@ -142,7 +142,7 @@ def test_the_last_gamma_acts(monkeypatch):
 def test_learning_rate_warms_up(monkeypatch):
     """Catches a warm-up that never ends, or that is one update late."""
     run = Run(use(monkeypatch, Constant), warmup=4, lr=1e-3).act(1)
-    rates = [run.learn(1).learner.optimizer.param_groups[0]["lr"] for _ in range(6)]
+    rates = [float(run.learn(1).learner.optimizer.param_groups[0]["lr"]) for _ in range(6)]
     assert rates == pytest.approx([.25e-3, .5e-3, .75e-3, 1e-3, 1e-3, 1e-3])
 
 
