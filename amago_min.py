@@ -216,8 +216,7 @@ class KVCache:
     """
 
     def __init__(self, layers, n_envs, heads, context, d_head, device="cpu", dtype=torch.float32):
-        # To a GPU all steps look alike, over all slots, written or not: it replays them (Recorded).
-        self.static = torch.device(device).type == "cuda"
+        self.static = torch.device(device).type == "cuda"    # all slots at every step: see Recorded
         shape = (layers, n_envs, heads, context, d_head)
         self.keys = torch.full(shape, math.nan, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -225,25 +224,22 @@ class KVCache:
         self.length = np.zeros(n_envs, dtype=np.int64)   # on the host: no read-back from a GPU
         self.rows = torch.arange(n_envs, device=device)
         self.slot = torch.zeros(n_envs, dtype=torch.int64, device=device)
-        self.mask = torch.zeros(n_envs, context, dtype=torch.bool, device=device)
+        self.written = torch.zeros(n_envs, context, dtype=torch.bool, device=device)
         self.begin_step()
 
     def begin_step(self):
         """Fix where this step's token goes in every layer, and which slots may be attended to."""
-        longest = self.context if self.static else self.length.max() + 1
-        self.width = int(min(longest, self.context))
-        valid = np.arange(self.width) <= self.length[:, None]                 # (N, width)
+        self.width = int(min(self.context if self.static else self.length.max() + 1, self.context))
         self.slot.copy_(torch.from_numpy(self.length % self.context))
-        self.valid = None if valid.all() and not self.static else self.mask[:, :self.width].copy_(
-            torch.from_numpy(valid))
+        self.written.copy_(torch.from_numpy(np.arange(self.context) <= self.length[:, None]))
 
     def append(self, layer, key, value):
         """key, value (N, H, d_head) of this step -> all keys, values (N, H, width, d_head) so far,
-        and the mask (N, width) of slots that hold a token (None if all do)."""
+        and the mask (N, width) of slots that hold a token; all views, changed by the next step."""
         self.keys[layer, self.rows, :, self.slot] = key
         self.values[layer, self.rows, :, self.slot] = value
         return (self.keys[layer, :, :, :self.width], self.values[layer, :, :, :self.width],
-                self.valid)
+                self.written[:, :self.width])
 
     def end_step(self, ended=None):
         """Count this step's token; environments whose `ended` (N,) is True start over empty."""
@@ -320,11 +316,9 @@ class CausalAttention(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
-            k, v, valid = cache.append(layer, k[:, :, 0], v[:, :, 0])    # (B, H, L, d)
+            k, v, written = cache.append(layer, k[:, :, 0], v[:, :, 0])  # (B, H, L, d)
             score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
-            if valid is not None:
-                score = score.masked_fill(~valid[:, None, None], -math.inf)
-            y = score.softmax(-1) @ v
+            y = score.masked_fill(~written[:, None, None], -math.inf).softmax(-1) @ v
         y = (self.head_scale * y).transpose(1, 2)                        # (B, T, H, d)
         return self.out((y if packing is None else packing.pack(y)).flatten(2))
 
@@ -749,10 +743,10 @@ class Agent(nn.Module):
         """tokens of one step (N, 1, ...) -> actions (N,) or (N, A) of the last gamma's policy."""
         assert not self.training, "act in eval mode: a training forward changes sigma's u and v"
         pi = self.actor(self.trunk(tokens, cache=cache)[:, 0])           # batch (N, G)
-        if not self.spec.discrete:
-            return pi.rsample()[:, -1]
-        # As pi.sample() draws, the largest of p / Exp(1); that has checks for which a GPU waits.
-        return (pi.probs / torch.empty_like(pi.probs).exponential_()).argmax(-1)[:, -1]
+        # As pi.sample() draws, the largest of p / Exp(1), but with no checks that a GPU waits for.
+        action = (pi.rsample() if not self.spec.discrete else
+                  (pi.probs / torch.empty_like(pi.probs).exponential_()).argmax(-1))
+        return action[:, -1]
 
     def forward(self, *args):
         return self.loss(*args)    # DistributedDataParallel wraps calls
@@ -771,7 +765,6 @@ class Agent(nn.Module):
         N, G, C = len(s), len(self.gammas), self.critics.num_critics
         target = self.td_target(states[later], reward, done, pair)       # (N, G)
         self.popart.update(target)
-
         # q: the critics at the action that was taken. v: at the policy's, with neither the critics
         # nor s in the graph, so that the actor's losses reach the trunk through pi alone.
         pi = self.actor(s)
@@ -1064,7 +1057,6 @@ class Collector:
         self.envs = environments.ParallelEnvs(env, seed + np.arange(n_envs), workers)
         self.agent, self.spec = agent, agent.spec
         self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
-        self.device = next(agent.parameters()).device
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
         self.decide = environments.Recorded(lambda tokens: agent.act(tokens, cache), cache.static)
@@ -1075,15 +1067,11 @@ class Collector:
         for i, first in enumerate(self.envs.call("begin_all")):
             self._begin(i, *first)
 
-    def newest(self):
-        """The newest token of every environment, each (N, 1, ...)."""
-        tokens = each(lambda x: x[self.rows, self.time], self.tokens)
-        return each(lambda x: torch.from_numpy(x[:, None]).to(self.device, non_blocking=True),
-                    dict(tokens, time=self.time))
-
     def act(self):
-        """Choose an action everywhere and start the step."""
-        action = self.decide(self.newest()).cpu().numpy()
+        """Choose an action everywhere, given the newest tokens, and start the step."""
+        newest = dict(each(lambda x: x[self.rows, self.time], self.tokens), time=self.time)
+        newest = each(lambda x: torch.from_numpy(x[:, None]).to(self.cache.rows.device), newest)
+        action = self.decide(newest).cpu().numpy()
         if self.exploration:
             action = self.exploration(action, self.time, self.env_steps)
         self.time += 1
@@ -1159,10 +1147,9 @@ class Collector:
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambda: False):
-    """Play whole episodes with the stochastic policy of the last gamma and no exploration noise
-    -> the dict that `summary` in envs.py explains, its success NaN where none is reported.
-    How many each environment plays is fixed beforehand: counting those that end first would favour
-    short ones. Same seed, same result; training's randomness is kept. None if stop() came true."""
+    """Play whole episodes with the stochastic policy of the last gamma, without noise -> what
+    `summary` in envs.py explains. How many each environment plays is fixed beforehand: those that
+    end first are short. Same seed, same result; training's randomness stays. None after stop()."""
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
     with torch.random.fork_rng([d for d in (agent.gammas.device,) if d.type == "cuda"]):
@@ -1196,19 +1183,16 @@ class Learner:
     def __init__(self, agent, config):
         self.agent, self.config, self.updates = agent, config, 0
         self.average = copy.deepcopy(agent).requires_grad_(False).eval()
-        self.started = None                              # env steps when learning began
-        self.begun = None                                # an update that is not ended yet
+        self.started = self.begun = None   # env steps when learning began; an update not yet ended
         self.device = agent.gammas.device
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, weight_decay=config.weight_decay,
-                                           fused=True)
-        self.on_gpu = self.device.type == "cuda"
-        self.lr = torch.tensor(0.0, device=self.device)
-        self.link_optimizer()
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(                  # a rate that a Recorded step can read
+            self.trainable, torch.tensor(config.lr, device=self.device), fused=True,
+            weight_decay=config.weight_decay, capturable=on_gpu)
         # bfloat16 where it is faster: on a GPU or CPU that has it, for tiny sizes not on a CPU.
-        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        capable = capable and agent.transformer.width >= 128
-        faster = torch.cuda.is_bf16_supported(False) if self.on_gpu else capable
+        faster = (torch.cuda.is_bf16_supported(False) if on_gpu else agent.transformer.width >= 128
+                  and torch.cpu.get_capabilities().get("avx512_bf16", False))
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
             config.amp == "on" or config.amp == "auto" and faster))
         self.forward = agent
@@ -1218,15 +1202,9 @@ class Learner:
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False           # the statistics agree by themselves
-        at_once = self.on_gpu and world_size() == 1
-        self.gradient_again, self.step, self.refresh = (
-            environments.Recorded(f, at_once) for f in (self.gradient, self.step, self.refresh))
-
-    def link_optimizer(self):
-        """The learning rate is a tensor, which a recorded step reads anew; see Recorded."""
-        for group in self.optimizer.param_groups:
-            self.lr.fill_(group["lr"])
-            group.update(lr=self.lr, capturable=self.on_gpu)
+        self.gradient_again, self.step, self.refresh = (     # on one GPU, all kernels at once
+            environments.Recorded(part, on_gpu and world_size() == 1)
+            for part in (self.gradient, self.step, self.refresh))
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
@@ -1241,8 +1219,8 @@ class Learner:
         pair = torch.from_numpy(rng.permutation(self.config.critics)[:2])
         inputs = dict(batch, pair=pair.to(self.device, non_blocking=True))
         packing = Packing(batch["mask"], self.device)        # cannot be compiled
-        compute = self.gradient_again if packing.full else self.gradient
-        self.begun = batch, *compute(inputs, packing)
+        gradient = self.gradient_again if packing.full else self.gradient
+        self.begun = batch, *gradient(inputs, packing)
 
     def gradient(self, inputs, packing):
         """-> loss, norm, the buffers (running statistics, sigma's u and v) as they were, info"""
@@ -1251,7 +1229,7 @@ class Learner:
         with self.autocast:
             loss, info = self.forward(inputs, inputs["pair"], packing)
         self.agent.eval()
-        self.optimizer.zero_grad(set_to_none=not self.on_gpu)            # there, in place
+        self.optimizer.zero_grad(set_to_none=self.device.type == "cpu")   # else Recorded
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         return loss.detach(), norm, before, info
@@ -1264,7 +1242,8 @@ class Learner:
         if not torch.isfinite(sum_over_ranks(loss + norm)):
             torch._foreach_copy_(list(self.agent.buffers()), before)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
-        self.lr.fill_(self.config.lr * min(1.0, (self.updates + 1) / self.config.warmup))
+        warm = min(1.0, (self.updates + 1) / self.config.warmup)
+        self.optimizer.param_groups[0]["lr"].fill_(warm * self.config.lr)
         self.step({})
         self.updates += 1
         self.update_average()
@@ -1279,14 +1258,14 @@ class Learner:
 
     @torch.no_grad()
     def update_average(self):
-        """Move the average's weights (formula above)."""
+        """Move the average's weights (formula above); its statistics are the agent's own."""
         rate = max(0.01, 30 / (self.updates + 30))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.agent.parameters()), rate)
         self.refresh({})
 
     @torch.no_grad()
     def refresh(self, _):
-        """The average's statistics are the agent's own; and its weights have moved."""
+        """What follows from an average that has moved."""
         torch._foreach_copy_(list(self.average.buffers()), list(self.agent.buffers()))
         self.average.keep()
 
@@ -1303,8 +1282,9 @@ class Learner:
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.link_optimizer()
+        ours, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]
+        ours[0]["lr"].fill_(saved["param_groups"][0]["lr"])  # may have been on another device
+        self.optimizer.load_state_dict(dict(saved, param_groups=ours))
         self.updates, self.started = state["updates"], state["started"]
 
 
@@ -1450,36 +1430,19 @@ def restore_run(run, state):
 
 
 def save_checkpoint(path, state):
-    """Write nested dicts of tensors, arrays, numbers and strings, atomically: whatever happens
-    meanwhile, `path` holds either the previous state or this one. OSError if it cannot."""
-    temporary = Path(f"{path}.tmp")
+    """Write nested dicts of tensors, arrays, numbers and strings, see write_atomically."""
     # As tensors, because loading refuses everything that could run code, numpy's arrays too.
     state = each(lambda x: torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray)
                  else x, state)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:               # torch turns the one into the other
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: {problem}") from problem
+    environments.write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(folder, device="cpu"):
     """-> config, agent (in eval mode, on `device`), and the whole checkpoint, on the CPU.
     UsageError if there is none, or one that is damaged, foreign, of another version or env."""
     path = Path(folder) / "checkpoint.pt"
-    if not os.path.exists(path):                             # nor does a name that is too long
-        raise UsageError(f"{path} is not there; give a folder that a training run wrote")
-    with blame(path):
-        environments.check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if type(version := state["version"]) is not int:
-            raise TypeError
-    if version != VERSION:
-        raise UsageError(f"{path} has version {version}, this program reads {VERSION}")
+    state = environments.read_archive(path, VERSION, lambda: torch.load(
+        path, map_location="cpu", weights_only=True))
     with blame(path):
         config, spec = Config(**state["config"]), Spec(**state["spec"])
         state["env_steps"] + len(state["processes"])         # are there, a number and a dict

@@ -3086,12 +3086,36 @@ def blame(path):
         raise UsageError(f"{path} is damaged, or no checkpoint: {type(problem).__name__}") from None
 
 
-def check_archive(path):
-    """ValueError for a zip file that is damaged or whose members carry file attributes; torch
-    looks at neither."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() or any(member.external_attr for member in archive.infolist()):
-            raise ValueError("wrong checksum")
+def read_archive(path, version, load):
+    """-> load(), the dict that a zip file holds. UsageError if there is no such file, if it is
+    damaged or its members carry file attributes (torch looks at neither), or of another version."""
+    if not os.path.exists(path):                             # nor does a name that is too long
+        raise UsageError(f"{path} is not there; give a folder that a training run wrote")
+    with blame(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() or any(member.external_attr for member in archive.infolist()):
+                raise ValueError("wrong checksum")
+        state = load()
+        if type(found := state["version"]) is not int:
+            raise TypeError
+    if found != version:
+        raise UsageError(f"{path} has version {found}, this program reads {version}")
+    return state
+
+
+def write_atomically(path, write):
+    """write(file): whatever happens meanwhile, `path` holds either what it held or what that
+    wrote. OSError if it cannot be written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:               # torch turns the one into the other
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: {problem}") from problem
 
 
 def no_device(name, gpus, own):

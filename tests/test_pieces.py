@@ -60,8 +60,9 @@ def kv_cache(names):
     cache = names["KVCache"](1, 2, 3, 9, 4)
     for ended in (None, np.array([True, False])):
         keys, values, valid = cache.append(0, *torch.ones(2, 2, 3, 4))
+        assert valid.all()
         cache.end_step(ended)
-    assert keys.shape == (2, 3, 2, 4) and valid is None and cache.length.tolist() == [0, 2]
+    assert keys.shape == (2, 3, 2, 4) and cache.length.tolist() == [0, 2]
     valid = cache.append(0, *torch.ones(2, 2, 3, 4))[2]
     assert valid.tolist() == [[True, False, False], 3 * [True]]
 
