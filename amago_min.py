@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import distributions
 
 import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Spec, UsageError,
+from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Recorded, Spec, UsageError,
                   blame, catch_signals, check_options_of, each, keep_freed_memory, option,
                   read_command_line, report_disk_trouble, say)
 
@@ -223,7 +223,7 @@ class KVCache:
         self.context = context
         self.length = np.zeros(n_envs, dtype=np.int64)   # on the host: no read-back from a GPU
         self.rows = torch.arange(n_envs, device=device)
-        self.slot = torch.zeros(n_envs, dtype=torch.int64, device=device)
+        self.slot = torch.zeros_like(self.rows)
         self.written = torch.zeros(n_envs, context, dtype=torch.bool, device=device)
         self.begin_step()
 
@@ -231,7 +231,8 @@ class KVCache:
         """Fix where this step's token goes in every layer, and which slots may be attended to."""
         self.width = int(min(self.context if self.static else self.length.max() + 1, self.context))
         self.slot.copy_(torch.from_numpy(self.length % self.context))
-        self.written.copy_(torch.from_numpy(np.arange(self.context) <= self.length[:, None]))
+        written = np.arange(self.width) <= self.length[:, None]              # (N, width)
+        self.written[:, :self.width] = torch.from_numpy(written)
 
     def append(self, layer, key, value):
         """key, value (N, H, d_head) of this step -> all keys, values (N, H, width, d_head) so far,
@@ -1059,7 +1060,7 @@ class Collector:
         self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
-        self.decide = environments.Recorded(lambda tokens: agent.act(tokens, cache), cache.static)
+        self.decide = Recorded(lambda tokens: agent.act(tokens, cache), cache.static)
         self.tokens = self.spec.token_arrays(n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
@@ -1186,12 +1187,12 @@ class Learner:
         self.started = self.begun = None   # env steps when learning began; an update not yet ended
         self.device = agent.gammas.device
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
-        on_gpu = self.device.type == "cuda"
+        gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(                  # a rate that a Recorded step can read
             self.trainable, torch.tensor(config.lr, device=self.device), fused=True,
-            weight_decay=config.weight_decay, capturable=on_gpu)
+            weight_decay=config.weight_decay, capturable=gpu)
         # bfloat16 where it is faster: on a GPU or CPU that has it, for tiny sizes not on a CPU.
-        faster = (torch.cuda.is_bf16_supported(False) if on_gpu else agent.transformer.width >= 128
+        faster = (torch.cuda.is_bf16_supported(False) if gpu else agent.transformer.width >= 128
                   and torch.cpu.get_capabilities().get("avx512_bf16", False))
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=(
             config.amp == "on" or config.amp == "auto" and faster))
@@ -1202,9 +1203,8 @@ class Learner:
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False           # the statistics agree by themselves
-        self.gradient_again, self.step, self.refresh = (     # on one GPU, all kernels at once
-            environments.Recorded(part, on_gpu and world_size() == 1)
-            for part in (self.gradient, self.step, self.refresh))
+        self.gradient_again, self.step, self.refresh = (Recorded(f, gpu and world_size() == 1)
+            for f in (self.gradient, self.step, self.refresh))           # all kernels at once
 
     def update(self, batch):
         """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
