@@ -912,6 +912,16 @@ def test_standing_still_is_better_than_random_and_worse_than_the_papers_agent():
 
 
 @needs["metaworld"]
+def test_ml45_simulates_the_class_that_was_drawn():
+    """Catches a simulator that is still that of the rollout before."""
+    env, first = make_env("metaworld:ML45"), []
+    for seed in range(4):
+        first.append(env.reset(seed=seed)[0])
+        assert np.array_equal(first[-1], make_env("metaworld:ML45").reset(seed=seed)[0])
+    assert len({x.tobytes() for x in first}) == 4
+
+
+@needs["metaworld"]
 @pytest.mark.parametrize("name, policy, rollouts", [
     ("reach", "SawyerReachV3Policy", 5), ("push", "SawyerPushV3Policy", 5),
     ("pick-place", "SawyerPickPlaceV3Policy", 5)])
