@@ -33,6 +33,7 @@ TASKS = {"delivery": "--env delivery:30 --env-steps 500000",
          "maze": "--env maze:11x11?goals=3 --env-steps 300000"}
 JOBS = {
     **{f"worlds/tmaze-100-{seed}": f"--env tmaze:100 --seed {seed}" for seed in range(3)},
+    "worlds/tmaze-500-0": "--env tmaze:500",
     "worlds/maze-7x7-goals-1-0": "--env maze:7x7?goals=1 --env-steps 300000 --target-return .98",
     "worlds/maze-7x7-goals-2-0": "--env maze:7x7?goals=2 --env-steps 500000 --target-return 1.46",
     "worlds/wind-0": "--env wind: --env-steps 1500000",
