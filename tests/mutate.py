@@ -27,6 +27,7 @@ RESUME = "tests/test_resume.py::test_"
 DOCS, PIECES = "tests/test_docs.py::test_", "tests/test_pieces.py::test_"
 SUITES = "tests/test_suites.py::test_a_run_from_the_command_line_to_an_evaluation"
 THREE = RESUME + "three_and_three_evaluations_are_six"
+RECORDED = "tests/test_cuda.py::test_a_recorded_function_is_that_function"
 AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
 MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tests that go red)
@@ -597,6 +598,17 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      DRAW + "the_instruction_is_part_of_the_name"),
     ("seeds are drawn as experiments", PLOTS,
      'ALIKE = {"seed", "out",', 'ALIKE = {"out",', DRAW + "seeds_become_one_line"),
+    # recorded functions, on a GPU
+    ("a recorded function gets its first inputs again", "envs.py",
+     "each(lambda mine, x: mine.copy_(x), self.inputs, inputs)", "pass", RECORDED),
+    ("a recorded function takes inputs of other shapes", "envs.py",
+     "if self.alike <= 3 or shapes != self.shapes:", "if self.alike <= 3:", RECORDED),
+    ("a recorded function is not run", "envs.py",
+     "        self.graph.replay()\n", "", RECORDED),
+    ("a function is recorded at its first call", "envs.py",
+     "if self.alike <= 3 or shapes", "if self.alike < 1 or shapes", RECORDED),
+    ("a CPU's function is recorded", "envs.py",
+     "        if not self.usable:\n", "        if False:\n", RECORDED),
     # resume, checkpoints, several processes
     ("a checkpoint is written over the last one", "envs.py",
      'temporary = Path(f"{path}.tmp")', "temporary = Path(path)",
