@@ -135,6 +135,8 @@ class Config:
         name = dict(auto=auto, cuda=cuda).get(self.device, self.device)
         try:
             torch.empty(0, device=name if re.fullmatch(r"cpu|cuda:\d+", name) else "unknown")
+            if name != "cpu":
+                torch.cuda.set_device(name)                  # where CUDA graphs are recorded
             return torch.device(name)
         except (RuntimeError, AssertionError):
             raise environments.no_device(name, torch.cuda.device_count(), name == cuda) from None
@@ -194,7 +196,8 @@ class SigmaLinear(nn.Module):
     def keep(self):
         """Compute W_hat once for many steps in eval mode. Call it again when weights change."""
         weight = self.scaled_weight().detach()
-        self.kept = weight if self.kept is None else self.kept.copy_(weight)
+        stays = self.kept is not None and self.kept.type() == weight.type()
+        self.kept = self.kept.copy_(weight) if stays else weight         # in place, see Recorded
 
 
 class KVCache:
@@ -230,9 +233,9 @@ class KVCache:
     def begin_step(self):
         """Fix where this step's token goes in every layer, and which slots may be attended to."""
         self.width = int(min(self.context if self.static else self.length.max() + 1, self.context))
-        self.slot.copy_(torch.from_numpy(self.length % self.context))
+        self.slot.copy_(torch.from_numpy(self.length % self.context), non_blocking=True)
         written = np.arange(self.width) <= self.length[:, None]              # (N, width)
-        self.written[:, :self.width] = torch.from_numpy(written)
+        self.written[:, :self.width].copy_(torch.from_numpy(written), non_blocking=True)
 
     def append(self, layer, key, value):
         """key, value (N, H, d_head) of this step -> all keys, values (N, H, width, d_head) so far,
@@ -744,10 +747,11 @@ class Agent(nn.Module):
         """tokens of one step (N, 1, ...) -> actions (N,) or (N, A) of the last gamma's policy."""
         assert not self.training, "act in eval mode: a training forward changes sigma's u and v"
         pi = self.actor(self.trunk(tokens, cache=cache)[:, 0])           # batch (N, G)
-        # As pi.sample() draws, the largest of p / Exp(1), but with no checks that a GPU waits for.
-        action = (pi.rsample() if not self.spec.discrete else
-                  (pi.probs / torch.empty_like(pi.probs).exponential_()).argmax(-1))
-        return action[:, -1]
+        if not self.spec.discrete:
+            return pi.rsample()[:, -1]
+        # As pi.sample() draws, the largest of p / Exp(1), but without checks that a GPU waits for.
+        action = (pi.probs / torch.empty_like(pi.probs).exponential_()).argmax(-1)
+        return torch.where(pi.probs[..., 0].isnan(), -1, action)[:, -1]  # -1 = none, an error
 
     def forward(self, *args):
         return self.loss(*args)    # DistributedDataParallel wraps calls
@@ -1060,7 +1064,8 @@ class Collector:
         self.exploration, self.bootstrap_truncated = exploration, bootstrap_truncated
         # A slice of `context` transitions trains actions that saw at most `context` tokens.
         self.cache = cache = agent.transformer.new_cache(n_envs, min(context, self.spec.horizon))
-        self.decide = Recorded(lambda tokens: agent.act(tokens, cache), cache.static)
+        self.decide = Recorded(lambda tokens: agent.act(tokens, cache),
+                               cache.static and world_size() == 1)
         self.tokens = self.spec.token_arrays(n_envs, self.spec.horizon + 1)
         self.time, self.rows = np.zeros(n_envs, np.int64), np.arange(n_envs)
         self.episode = [None] * n_envs                   # what begins each one's episode again
@@ -1149,8 +1154,8 @@ class Collector:
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambda: False):
     """Play whole episodes with the stochastic policy of the last gamma, without noise -> what
-    `summary` in envs.py explains. How many each environment plays is fixed beforehand: those that
-    end first are short. Same seed, same result; training's randomness stays. None after stop()."""
+    `summary` in envs.py explains; None if stop() came true. How many each environment plays is
+    fixed: the first to end would be short ones. Same seed, same result; training's state stays."""
     n_envs, was_training, played = min(episodes, max_envs), agent.training, []
     agent.eval()
     with torch.random.fork_rng([d for d in (agent.gammas.device,) if d.type == "cuda"]):
@@ -1184,6 +1189,7 @@ class Learner:
     def __init__(self, agent, config):
         self.agent, self.config, self.updates = agent, config, 0
         self.average = copy.deepcopy(agent).requires_grad_(False).eval()
+        self.average.keep()
         self.started = self.begun = None   # env steps when learning began; an update not yet ended
         self.device = agent.gammas.device
         self.trainable = [p for p in agent.parameters() if p.requires_grad]
@@ -1203,12 +1209,12 @@ class Learner:
         if world_size() > 1:      # averages the gradients; `loss` sees to statistics and counts
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False           # the statistics agree by themselves
-        self.gradient_again, self.step, self.refresh = (Recorded(f, gpu and world_size() == 1)
-            for f in (self.gradient, self.step, self.refresh))           # all kernels at once
+        self.gradient_again, self.step_again = (
+            Recorded(part, gpu and world_size() == 1) for part in (self.gradient, self.step))
 
     def update(self, batch):
-        """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars.
-        Raises NonFiniteLoss, with the agent as it was before."""
+        """One gradient update on a batch from ReplayBuffer.sample -> dict of detached scalars, on
+        a GPU overwritten by the next. Raises NonFiniteLoss, with the agent as it was before."""
         self.begin_update(batch)
         return self.end_update()
 
@@ -1219,17 +1225,18 @@ class Learner:
         pair = torch.from_numpy(rng.permutation(self.config.critics)[:2])
         inputs = dict(batch, pair=pair.to(self.device, non_blocking=True))
         packing = Packing(batch["mask"], self.device)        # cannot be compiled
-        gradient = self.gradient_again if packing.full else self.gradient
+        gradient = self.gradient_again if packing.full else self.gradient_again.plain
         self.begun = batch, *gradient(inputs, packing)
 
     def gradient(self, inputs, packing):
-        """-> loss, norm, the buffers (running statistics, sigma's u and v) as they were, info"""
+        """-> loss, norm, the buffers (running statistics, sigma's u and v) as they were, info. On
+        a GPU this and all that it calls is recorded: a `print` is seen three times."""
         before = [x.clone() for x in self.agent.buffers()]
         self.agent.train()
         with self.autocast:
             loss, info = self.forward(inputs, inputs["pair"], packing)
         self.agent.eval()
-        self.optimizer.zero_grad(set_to_none=self.device.type == "cpu")   # else Recorded
+        self.optimizer.zero_grad(set_to_none=self.device.type == "cpu")  # else in place: Recorded
         loss.backward()
         norm = info["grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         return loss.detach(), norm, before, info
@@ -1242,30 +1249,22 @@ class Learner:
         if not torch.isfinite(sum_over_ranks(loss + norm)):
             torch._foreach_copy_(list(self.agent.buffers()), before)
             raise NonFiniteLoss(environments.describe_batch(batch, loss, norm, self.updates))
-        warm = min(1.0, (self.updates + 1) / self.config.warmup)
-        self.optimizer.param_groups[0]["lr"].fill_(warm * self.config.lr)
-        self.step({})
         self.updates += 1
-        self.update_average()
+        now = dict(lr=self.config.lr * min(1.0, self.updates / self.config.warmup),
+                   r=max(0.01, 30 / (self.updates + 30)))
+        self.step_again({name: torch.full((), x, device=self.device) for name, x in now.items()})
         return info
 
-    def step(self, _):
-        """The optimiser's step, and what has to follow it at once."""
+    @torch.no_grad()
+    def step(self, now):
+        """Take the optimiser's step and move the average; now: the learning rate lr and r."""
+        self.optimizer.param_groups[0]["lr"].copy_(now["lr"])
         self.optimizer.step()
         self.average.critics.rescale(self.agent.popart.w, self.agent.popart.b)
         self.agent.fold_popart()
         self.agent.update_targets(self.config.tau)
-
-    @torch.no_grad()
-    def update_average(self):
-        """Move the average's weights (formula above); its statistics are the agent's own."""
-        rate = max(0.01, 30 / (self.updates + 30))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.agent.parameters()), rate)
-        self.refresh({})
-
-    @torch.no_grad()
-    def refresh(self, _):
-        """What follows from an average that has moved."""
+        average = list(self.average.parameters())
+        torch._foreach_lerp_(average, list(self.agent.parameters()), [now["r"]] * len(average))
         torch._foreach_copy_(list(self.average.buffers()), list(self.agent.buffers()))
         self.average.keep()
 
@@ -1282,9 +1281,10 @@ class Learner:
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
-        ours, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]
-        ours[0]["lr"].fill_(saved["param_groups"][0]["lr"])  # may have been on another device
-        self.optimizer.load_state_dict(dict(saved, param_groups=ours))
+        saved, theirs = state["optimizer"], state["optimizer"]["param_groups"][0]
+        group = dict(self.optimizer.state_dict()["param_groups"][0], params=theirs["params"])
+        group["lr"].fill_(theirs["lr"])                      # may have been on another device
+        self.optimizer.load_state_dict(dict(saved, param_groups=[group]))
         self.updates, self.started = state["updates"], state["started"]
 
 

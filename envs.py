@@ -2486,31 +2486,37 @@ def each(function, x, *more):
 
 
 class Recorded:
-    """A function of tensors on a GPU, its kernels launched all at once as a CUDA graph: for the
-    host, starting a thousand small ones takes ten times as long as they then run.
+    """A function of tensors on a GPU, its kernels launched all at once as a CUDA graph: to start a
+    thousand small ones takes the host five times as long as the GPU then works.
 
         recorded(inputs, *more) = function(inputs, *more),     inputs a nested dict of tensors
 
-    Three calls with inputs of the same shapes just run it; the next one records what it launches.
-    From then on such inputs are copied to where the recorded ones are, and all is launched again,
-    with the recorded `more`; the result lies in the same tensors every time. So the function must
-    not wait for the GPU, and whatever else it reads or writes must stay where it is. Inputs of
-    other shapes run as usual."""
+    Three calls in a row with inputs of the same shapes just run the function, the fourth records
+    what it launches. Later ones run no Python: their inputs are copied over the recorded ones, and
+    the same kernels start again, with the recorded `more`; the result is in the same tensors every
+    time. So the function must not wait for the GPU, and all else that it reads or writes has to
+    stay where it is in memory. Inputs of other shapes begin anew."""
 
     def __init__(self, function, usable):
-        """usable: False = without a graph, as on a CPU"""
-        self.function, self.usable = function, usable
-        self.graph, self.shapes, self.alike = None, None, 0
+        """usable: False = never record, as on a CPU"""
+        self.function, self.usable, self.shapes, self.graph = function, usable, None, None
+
+    def plain(self, inputs, *more):
+        """Just run it, and forget the recording, which holds all memory that it worked in."""
+        self.graph = self.inputs = self.result = self.shapes = None
+        return self.function(inputs, *more)
 
     def __call__(self, inputs, *more):
         if not self.usable:
             return self.function(inputs, *more)
         import torch                                         # what is here has to run without it
         shapes = each(lambda x: x.shape, inputs)
-        if self.graph is None:
-            self.alike = self.alike + 1 if shapes == self.shapes else 1
-            self.shapes = shapes
-        if self.alike <= 3 or shapes != self.shapes:
+        if shapes != self.shapes:
+            result = self.plain(inputs, *more)
+            self.shapes, self.alike = shapes, 1
+            return result
+        self.alike += 1
+        if self.alike <= 3:
             return self.function(inputs, *more)
         if self.graph is None:
             self.inputs, self.more = each(torch.clone, inputs), more
@@ -2929,8 +2935,9 @@ def check_options_of(config):
 
 
 def check_compiler():
-    """UsageError if what torch.compile needs is not there: a C++ compiler, Python's headers."""
-    warnings.filterwarnings("ignore", r"\s*(TensorFloat32|Online softmax)")     # advice, on a GPU
+    """UsageError if what torch.compile needs is not there: a C++ compiler, Python's headers. Its
+    advice on a GPU, to round products to three digits, is silenced."""
+    warnings.filterwarnings("ignore", r"\s*(TensorFloat32|Online softmax)")
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if not shutil.which(compiler := os.environ.get("CXX", usual)):
         raise UsageError(f"--compile needs a C++ compiler, and {compiler} is not here; install it,"

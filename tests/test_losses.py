@@ -539,6 +539,14 @@ def test_the_last_gamma_acts():
     assert agent.act(random_tokens(SPECS["discrete"], 5, T=1), cache).tolist() == [2] * 5
 
 
+def test_an_agent_of_nans_chooses_no_action():
+    """Catches weights that are broken, or a cache's unwritten slot, behind a policy that always
+    takes action 0: -1 is in no action space."""
+    agent, tokens = make_agent("discrete").eval(), random_tokens(SPECS["discrete"], 2, T=1)
+    nn.init.constant_(agent.actor.mlp[-1].bias, math.nan)
+    assert agent.act(tokens, agent.transformer.new_cache(2, 9)).tolist() == [-1, -1]
+
+
 @both_kinds
 def test_acting_equals_training_forward(kind):
     """Catches an encoder, clock or cache that treats one token unlike a whole rollout."""

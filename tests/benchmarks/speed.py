@@ -48,7 +48,7 @@ and targets, 65 of operations that only move memory (compiled: 28, 9, 8, 38):
       trainings: 396 -> 375                                                            not used
 Paper on an NVIDIA H200, whose host needs 20 us to launch a kernel (results/speed/gpu-h200.txt),
 contexts 256, 1024, 8192, updates/s; the GPU is busy for 4.8 ms of 29 at 256, 107 of 115 at 8192:
-    as it is, an update 1 200 kernels: 33, 27, 8.7
+    kernel by kernel, 1 200 of them: 33, 27, 8.7
     recorded as CUDA graphs (envs.Recorded): 164, 64, 8.9                                  kept
     torch.compile(mode="reduce-overhead") of the loss, which cannot record the rest: 98 at 256
     torch.compile and recorded: 308, -, 14.5                        kept as an option, --compile
