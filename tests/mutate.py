@@ -27,7 +27,8 @@ RESUME = "tests/test_resume.py::test_"
 DOCS, PIECES = "tests/test_docs.py::test_", "tests/test_pieces.py::test_"
 SUITES = "tests/test_suites.py::test_a_run_from_the_command_line_to_an_evaluation"
 THREE = RESUME + "three_and_three_evaluations_are_six"
-RECORDED = "tests/test_cuda.py::test_a_recorded_function_is_that_function"
+CUDA = "tests/test_cuda.py::test_"
+RECORDED = CUDA + "a_recorded_function_is_that_function"
 AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
 MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tests that go red)
@@ -612,6 +613,24 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "if self.alike <= 3:", "if self.alike <= 1:", RECORDED),
     ("a CPU's function is recorded", "envs.py",
      "        if not self.usable:\n", "        if False:\n", RECORDED),
+    ("a weight for acting moves in memory", AMAGO,
+     "self.kept = self.kept.copy_(weight) if stays else weight", "self.kept = weight",
+     CUDA + "a_recorded_update_is_the_same_update"),
+    ("batches with padding are taken for the recorded ones", AMAGO,
+     "self.gradient_again if packing.full else self.gradient_again.plain", "self.gradient_again",
+     CUDA + "a_recorded_update_is_the_same_update"),
+    ("a recorded average moves at the recorded rate", AMAGO,
+     "list(self.agent.parameters()), [now[\"r\"]]",
+     "list(self.agent.parameters()), [torch.tensor(max(0.01, 30 / (self.updates + 30)))]",
+     CUDA + "a_recorded_update_is_the_same_update"),
+    ("a recorded step of acting writes the recorded slots", AMAGO,
+     "self.slot.copy_(torch.from_numpy(self.length % self.context), non_blocking=True)",
+     "self.slot = torch.from_numpy(self.length % self.context)",
+     CUDA + "cached_acting_equals_one_pass_over_the_rollout"),
+    ("a recorded step of acting sees the recorded slots", AMAGO,
+     "self.written[:, :self.width].copy_(torch.from_numpy(written), non_blocking=True)",
+     "self.written = torch.from_numpy(written)",
+     CUDA + "cached_acting_equals_one_pass_over_the_rollout"),
     # resume, checkpoints, several processes
     ("a checkpoint is written over the last one", "envs.py",
      'temporary = Path(f"{path}.tmp")', "temporary = Path(path)",

@@ -1,18 +1,24 @@
 """The same numbers on a GPU as on a CPU, and nothing that makes the program wait for it. Docstrings
-name the bugs they catch. All but the first test are skipped where there is no GPU.
+name the bugs they catch. Without a GPU, what is recorded and replayed is tested on a CPU, which
+does the same operations again, and the rest is skipped.
 """
 
 import copy
 import json
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.distributions.utils import _standard_normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import amago_min as am
-import envs as environments
+from envs import Recorded
 from test_data import buffer_of
 from test_losses import SPECS, both_kinds, make_agent, make_batch
 from test_network import random_tokens
@@ -31,47 +37,180 @@ def seeded(monkeypatch):
                         lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device))
 
 
-class ReplayingGraph:
-    """Stands for torch.cuda.graph and CUDAGraph where there is no GPU: computes again."""
+# ---- CUDA graphs, on a CPU too ----
+
+
+def tensors(x):
+    return [part for part in tree_leaves(x) if torch.is_tensor(part)]
+
+
+def seen(x):
+    """The same memory as it is seen now: unsqueeze_ and the like change only the tensor."""
+    return tree_map(lambda part: part.detach() if torch.is_tensor(part) else part, x)
+
+
+def memory(x):
+    return {part.untyped_storage().data_ptr() for part in tensors(x)}
+
+
+class GraphOnACPU(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph, and for torch.cuda.graph(it), where there is no GPU: keeps
+    the operations that were called, and does them again on the same memory. As on a GPU, what is
+    recorded is not computed, and a number that Python wants to know meanwhile is an error."""
+
     def __init__(self, graph=None):
-        self.graph = graph
+        super().__init__()
+        self.calls, self.before = graph.calls if graph else [], []
 
-    def __enter__(self):
-        ReplayingGraph.recording = True
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a GPU would be waited for while it records")
+        if operation._schema.is_mutable:
+            self.before += [(x.detach(), x.clone()) for x in tensors((args, kwargs))]
+        given = seen((args, kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
+        if torch.Tag.inplace_view not in operation.tags:     # those compute nothing
+            self.calls.append((operation, *given, seen(result)))
+        return result
 
-    def __exit__(self, *_):
-        ReplayingGraph.recording = False
+    def __exit__(self, *problem):
+        super().__exit__(*problem)
+        with torch.inference_mode():
+            for _, args, kwargs, result in self.calls:
+                for x in tensors(result):
+                    if not memory(x) & memory((args, kwargs)):   # neither a view nor in place
+                        x.fill_(-77)
+            for x, old in reversed(self.before):
+                x.copy_(old)
 
+    @torch.inference_mode()
     def replay(self):
-        ReplayingGraph.recorded.result.copy_(ReplayingGraph.recorded.function(
-            ReplayingGraph.recorded.inputs, *ReplayingGraph.recorded.more))
-
-
-def test_a_recorded_function_is_that_function(monkeypatch):
-    """Catches a replay with an earlier call's inputs or of other shapes, and a result of the
-    recording, in which a GPU computes nothing."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", ReplayingGraph)
-    monkeypatch.setattr(torch.cuda, "graph", ReplayingGraph)
-    calls = []
-
-    def double(inputs, name):
-        calls.append(name)
-        recording = getattr(ReplayingGraph, "recording", False)
-        return torch.zeros_like(inputs["x"]) if recording else 2 * inputs["x"]
-    ReplayingGraph.recorded = recorded = environments.Recorded(double, True)
-    for i, size in enumerate([1, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 3, 2]):
-        x = torch.full((size,), float(i))
-        assert recorded(dict(x=x), i).tolist() == [2.0 * i] * size, (i, size)
-        assert bool(recorded.graph) == (8 <= i <= 10)
-    assert calls == [*range(8), 8, 8, 8, 8, 11, 12]
-    plain = environments.Recorded(double, False)
-    for i in range(6):
-        assert plain(dict(x=torch.ones(1)), i).tolist() == [2.0] and plain.graph is None
+        for operation, args, kwargs, result in self.calls:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(again)):
+                if not memory(new) & memory((args, kwargs)):
+                    old.copy_(new)
 
 
 def on(device, batch):
     """The batch with all but its mask on the device, as ReplayBuffer.sample gives it."""
     return dict(am.each(lambda x: x.to(device), batch), mask=batch["mask"])
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU if there is one; else a CPU that records and replays as one would."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnACPU)
+    monkeypatch.setattr(torch.cuda, "graph", GraphOnACPU)
+    monkeypatch.setattr(F, "one_hot", lambda x, n: (x[..., None] == torch.arange(n)).long())
+    return "cpu"                                             # whose own one_hot checks its numbers
+
+
+def recording(learner):
+    """The Learner, made to record on a CPU too."""
+    zero_grad = learner.optimizer.zero_grad
+    learner.optimizer.zero_grad = lambda set_to_none: zero_grad(set_to_none=False)
+    learner.gradient_again.usable = learner.step_again.usable = True
+    return learner
+
+
+def new_cache(agent, n_envs, context):
+    cache = agent.transformer.new_cache(n_envs, context)
+    cache.static = True
+    cache.begin_step()
+    return cache
+
+
+def test_a_recorded_function_is_that_function(device):
+    """Catches a replay with an earlier call's inputs or of other shapes, and a recording that is
+    taken for a call."""
+    calls, total = [], torch.zeros((), device=device)
+
+    def double(inputs, name):
+        calls.append(name)
+        total.add_(1)
+        return 2 * inputs["x"]
+    recorded = Recorded(double, True)
+    for i, size in enumerate([1, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 3, 2]):
+        x = torch.full((size,), float(i), device=device)
+        assert recorded(dict(x=x), i).tolist() == [2.0 * i] * size, (i, size)
+        assert bool(recorded.graph) == (8 <= i <= 10) and total == i + 1
+    assert calls == [*range(9), 11, 12]
+    plain = Recorded(double, False)
+    for i in range(6):
+        assert plain(dict(x=x), i).tolist() == [24.0, 24.0] and plain.graph is None
+
+
+@both_kinds
+def test_a_recorded_update_is_the_same_update(kind, device):
+    """Catches a learning rate, a gradient or weights of the recording that later updates use, what
+    moves in memory between two updates, and batches with padding that are taken for full ones."""
+    config = am.Config(critics=3, gammas=(.5, .9, .99), amp="off", warmup=20)
+    agent = make_agent(kind).to(device).eval()
+    plain, fast = (am.Learner(copy.deepcopy(agent), config) for _ in range(2))
+    plain.gradient_again.usable = plain.step_again.usable = False
+    recording(fast)
+    read = Recorded(lambda tokens: fast.average.trunk(tokens), True)
+    for i in range(16):
+        batch = on(device, make_batch(kind, (5, 3, 1) if i in (2, 9) else (5, 5, 5)))
+        batch["tokens"]["reward"] += i                       # no two batches are alike
+        expected, found = plain.update(batch), fast.update(batch)
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4, msg=f"{i} {name}")
+        assert bool(fast.gradient_again.graph) == (i in (6, 7, 8, 13, 14, 15))
+        for _ in range(4 if i == 0 else 1):                  # recorded before the step is
+            acted = read(batch["tokens"])
+        torch.testing.assert_close(acted, plain.average.trunk(batch["tokens"]))
+    assert read.graph and fast.step_again.graph and not plain.step_again.graph
+    for mine, other in ((plain.agent, fast.agent), (plain.average, fast.average)):
+        for (name, p), q in zip(mine.state_dict().items(), other.state_dict().values()):
+            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_recorded_loss_that_is_not_finite_changes_nothing(device):
+    """Catches statistics of a bad batch that a replay leaves behind, and an agent of NaN."""
+    agent = make_agent("discrete").to(device).eval()
+    learner = recording(am.Learner(agent, am.Config(critics=3, gammas=(.5, .9, .99))))
+    for _ in range(5):
+        learner.update(on(device, make_batch("discrete", (5, 5, 5))))
+    before, batch = copy.deepcopy(agent.state_dict()), on(device, make_batch("discrete", (5, 5, 5)))
+    batch["tokens"]["reward"][1, 2] = math.nan
+    with pytest.raises(am.NonFiniteLoss):
+        learner.update(batch)
+    assert learner.gradient_again.graph
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
+    info = learner.update(on(device, make_batch("discrete", (5, 5, 5))))
+    assert all(x.isfinite() for x in info.values())
+
+
+@both_kinds
+def test_a_recorded_step_of_acting_draws_anew(kind, device, monkeypatch):
+    """Catches a replay with the random numbers of the recording."""
+    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", _standard_normal)
+    agent, tokens = make_agent(kind).to(device).eval(), random_tokens(SPECS[kind], 64, 1)
+    cache, tokens = new_cache(agent, 64, 9), am.each(lambda x: x.to(device), tokens)
+    act = Recorded(lambda tokens: agent.act(tokens, cache), True)
+    assert len({str(act(tokens).tolist()) for _ in range(8)}) == 8 and act.graph
+
+
+def test_cached_acting_equals_one_pass_over_the_rollout(device):
+    """Catches a cache whose slots or masks are those of another step when that is replayed."""
+    agent, steps = make_agent("discrete").to(device).eval(), []
+    tokens = am.each(lambda x: x.to(device), random_tokens(SPECS["discrete"], 3, 10))
+    cache = new_cache(agent, 3, 10)
+    read = Recorded(lambda tokens: agent.trunk(tokens, cache), True)
+    with torch.inference_mode():
+        whole = agent.trunk(tokens)
+        for t in range(10):
+            steps.append(read(am.each(lambda x: x[:, t:t + 1], tokens)).clone())
+            cache.end_step()
+    assert read.graph
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-4)
+
+
+# ---- a GPU against a CPU ----
 
 
 def loss_and_gradients(agent, batch, device, amp=False):
@@ -157,72 +296,6 @@ def test_an_update_waits_for_the_gpu_once(kind):
     batch = buffer.sample(4, 9, "cuda")
     assert syncs_of(lambda: learner.begin_update(batch)) == []
     assert len(syncs_of(learner.end_update)) == 1
-
-
-@gpu
-@both_kinds
-def test_a_recorded_update_is_the_same_update(kind):
-    """Catches a learning rate, a gradient or weights of the recording that later updates use, and
-    batches with padding that are taken for full ones."""
-    config = am.Config(critics=3, gammas=(.5, .9, .99), amp="off", warmup=20)
-    agent = make_agent(kind).cuda().eval()
-    plain, fast = (am.Learner(copy.deepcopy(agent), config) for _ in range(2))
-    for recorded in (plain.gradient_again, plain.step_again):
-        recorded.usable = False
-    for i in range(16):
-        batch = on("cuda", make_batch(kind, (5, 3, 1) if i in (2, 9) else (5, 5, 5)))
-        batch["tokens"]["reward"] += i                       # no two batches are alike
-        expected, found = plain.update(batch), fast.update(batch)
-        for name, x in expected.items():
-            torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4, msg=f"{i} {name}")
-        assert bool(fast.gradient_again.graph) == (i in (6, 7, 8, 13, 14, 15))
-    assert fast.step_again.graph and not plain.step_again.graph
-    for mine, other in ((plain.agent, fast.agent), (plain.average, fast.average)):
-        for (name, p), q in zip(mine.state_dict().items(), other.state_dict().values()):
-            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)
-
-
-@gpu
-def test_a_recorded_loss_that_is_not_finite_changes_nothing():
-    """Catches statistics of a bad batch that a replay leaves behind, and an agent of NaN."""
-    agent = make_agent("discrete").cuda().eval()
-    learner = am.Learner(agent, am.Config(critics=3, gammas=(.5, .9, .99)))
-    for _ in range(5):
-        learner.update(on("cuda", make_batch("discrete", (5, 5, 5))))
-    before, batch = copy.deepcopy(agent.state_dict()), on("cuda", make_batch("discrete", (5, 5, 5)))
-    batch["tokens"]["reward"][1, 2] = float("nan")
-    with pytest.raises(am.NonFiniteLoss):
-        learner.update(batch)
-    assert learner.gradient_again.graph
-    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
-    info = learner.update(on("cuda", make_batch("discrete", (5, 5, 5))))
-    assert all(x.isfinite() for x in info.values())
-
-
-@gpu
-def test_a_recorded_step_of_acting_draws_anew():
-    """Catches a replay with the random numbers of the recording."""
-    agent, tokens = make_agent("discrete").cuda().eval(), random_tokens(SPECS["discrete"], 64, 1)
-    cache, tokens = agent.transformer.new_cache(64, 9), am.each(lambda x: x.cuda(), tokens)
-    act = environments.Recorded(lambda tokens: agent.act(tokens, cache), True)
-    assert len({tuple(act(tokens).tolist()) for _ in range(8)}) == 8 and act.graph
-
-
-@gpu
-def test_cached_acting_equals_one_pass_over_the_rollout():
-    """Catches a cache whose slots or masks are those of another step when that is replayed."""
-    spec = SPECS["discrete"]
-    agent, tokens = make_agent("discrete").cuda().eval(), random_tokens(spec, 3, 10)
-    tokens = am.each(lambda x: x.cuda(), tokens)
-    cache, steps = agent.transformer.new_cache(3, 10), []
-    read = environments.Recorded(lambda tokens: agent.trunk(tokens, cache), True)
-    with torch.inference_mode():
-        whole = agent.trunk(tokens)
-        for t in range(10):
-            steps.append(read(am.each(lambda x: x[:, t:t + 1], tokens)).clone())
-            cache.end_step()
-    assert read.graph
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-4)
 
 
 @gpu
