@@ -1230,7 +1230,7 @@ class Learner:
 
     def gradient(self, inputs, packing):
         """-> loss, norm, the buffers (running statistics, sigma's u and v) as they were, info. On
-        a GPU this and all that it calls is recorded: a `print` is seen three times."""
+        a GPU this and all that it calls is recorded: a `print` is seen four times."""
         before = [x.clone() for x in self.agent.buffers()]
         self.agent.train()
         with self.autocast:

@@ -162,7 +162,8 @@ def test_a_recorded_update_is_the_same_update(kind, device):
         assert bool(fast.gradient_again.graph) == (i in (6, 7, 8, 13, 14, 15))
         for _ in range(4 if i == 0 else 1):                  # recorded before the step is
             acted = read(batch["tokens"])
-        torch.testing.assert_close(acted, plain.average.trunk(batch["tokens"]))
+        expected = plain.average.trunk(batch["tokens"])
+        torch.testing.assert_close(acted, expected, rtol=1e-3, atol=1e-4, msg=f"{i} acting")
     assert read.graph and fast.step_again.graph and not plain.step_again.graph
     for mine, other in ((plain.agent, fast.agent), (plain.average, fast.average)):
         for (name, p), q in zip(mine.state_dict().items(), other.state_dict().values()):
