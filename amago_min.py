@@ -194,7 +194,7 @@ class SigmaLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
     def keep(self):
-        """Compute W_hat once for many steps in eval mode. Call it again when weights change."""
+        """Compute W_hat once for many steps in eval mode; stale until called on new weights."""
         weight = self.scaled_weight().detach()
         stays = self.kept is not None and self.kept.type() == weight.type()
         self.kept = self.kept.copy_(weight) if stays else weight         # in place, see Recorded
@@ -212,10 +212,10 @@ class KVCache:
         env 1   [ k4   k5   k2   k3  ]           6       4 slots: k4 and k5 replaced k0 and k1
 
     Unwritten keys are NaN so that a mistake in the mask is loud; values start at 0 and stay finite,
-    as 0 NaN is NaN. For every token: `attention(x, cache=cache, layer=i)` in each layer i, whose x
+    as 0 NaN is NaN. For every token: `attention(x, rotation, cache, i)` in each layer i, whose x
     is (N, 1, D), then `cache.end_step(ended)` once.
 
-    keys, values: (layers, N, H, context, d_head); length: (N,) numpy, tokens since the reset.
+    keys, values: (layers, N, H, context, d_head), qkv's dtype; length: (N,) numpy, since the reset.
     """
 
     def __init__(self, layers, n_envs, heads, context, d_head, device="cpu", dtype=torch.float32):
@@ -246,7 +246,7 @@ class KVCache:
                 self.written[:, :self.width])
 
     def end_step(self, ended=None):
-        """Count this step's token; environments whose `ended` (N,) is True start over empty."""
+        """Count this step's token; environments whose `ended` (N,) numpy is True start over."""
         self.length += 1
         if ended is not None and ended.any():
             self.length[ended] = 0
@@ -290,7 +290,7 @@ def rotate(x, cos, sin):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal attention with a learned scale per head [3]. gamma: qkv's at first.
+    """Multi-head causal attention with a learned scale per head [3]. gamma: qkv's initial norm.
 
         o_h = s_h softmax(q k' / sqrt(d)) v
     """
@@ -305,8 +305,8 @@ class CausalAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, layer=0, window=None, packing=None):
         """x (B, T, D) -> (B, T, D). With a cache: T = 1, and attention is over the cache.
-        rotation: cos and sin of rotate, each (B, T, 1, 1, d / 2). packing: how x was packed.
-        window: (T, T) bool, what may be attended to; None = the whole past."""
+        rotation: cos, sin of time 10000^(-2i/d), (B, T, 1, 1, d / 2). packing: how x was packed.
+        window: (T, T) bool, what may be attended to (not with a cache); None = the whole past."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         if x.device.type == "cpu":                       # bfloat16's backward is 5 times slower
@@ -320,7 +320,7 @@ class CausalAttention(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, window, is_causal=window is None)
         else:
-            k, v, written = cache.append(layer, k[:, :, 0], v[:, :, 0])  # (B, H, L, d)
+            k, v, written = cache.append(layer, k.squeeze(2), v.squeeze(2))  # (B, H, L, d)
             score = q @ k.transpose(2, 3) / math.sqrt(D // self.heads)   # (B, H, 1, L)
             y = score.masked_fill(~written[:, None, None], -math.inf).softmax(-1) @ v
         y = (self.head_scale * y).transpose(1, 2)                        # (B, T, H, d)
@@ -378,7 +378,7 @@ class Transformer(nn.Module):
             self.table = nn.Parameter(torch.randn(horizon + 1, width) * 0.02)
 
     def forward(self, x, time, cache=None, packing=None):
-        """x (B, T, D), time (B, T) int: the episode's step -> (B, T, D); packed, (1, N + B, D)"""
+        """x (B, T, D), time (B, T) int: the rollout's step -> (B, T, D); packed, (1, N + B, D)"""
         assert x.shape == time.shape + (self.width,), (x.shape, time.shape)
         T = packing.shape[1] if packing else x.shape[1]                  # of an unpacked row
         rotation = window = None
@@ -600,7 +600,7 @@ class PopArt(nn.Module):
 
     In an update: y = r + gamma denormalize(popart(target q)), then update(y), then the loss between
     popart(q) and normalize(y); at last w and b may move into the network, see Agent.fold_popart.
-    mean and std are running ones per gamma (weights as in RunningNorm), of real steps only. Before
+    mean and std are running ones per gamma (the first counts fully), of real steps only. Before
     the first update std is at its floor: all values count as 0, so the first targets are rewards.
     Here it keeps critic and actor losses at a fixed ratio, so that no reward scale needs tuning.
     """
@@ -620,7 +620,7 @@ class PopArt(nn.Module):
 
     @torch.no_grad()
     def update(self, targets, mask=None):
-        """targets (..., G): take them in (those where mask is True), rescale w and b to match."""
+        """targets (..., G): take in those where mask is True (at least one), rescale w and b."""
         y = targets.flatten(0, -2) if mask is None else targets[mask]    # (N, G)
         self.count += 1
         step = (self.beta / (1 - (1 - self.beta) ** self.count)).float()
@@ -841,7 +841,7 @@ class Trajectory:
         return len(self.reward)
 
     def tokens(self):
-        """The same as arrays of T + 1 tokens, see token_arrays."""
+        """The same as arrays of T + 1 tokens, see Spec.token_arrays in envs.py."""
         led_to = dict(action=self.action, reward=self.reward, done=self.done)
         if self.achieved is not None:
             led_to["achieved"] = self.achieved
@@ -960,7 +960,7 @@ class ReplayBuffer:
 #    met, in the order in which they were, and replay the rollout under the new instruction.
 def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     """Algorithm 1 -> a new Trajectory, or the one given, never touched, if nothing is to be done.
-    Step t reached the goals achieved[t] (first word 0 = none); a reward is there if one counted.
+    Step t reached achieved[t], from the front (0 = none); reward is nonzero only where one counted.
 
     reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
     show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
@@ -1012,9 +1012,9 @@ class Exploration:
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
         m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
-    e_start falls from 1 to .05 and e_end from .8 to .01 over `anneal` env steps, 0 = 2000 rollouts
-    as long as those so far: noise fades over training, and within a rollout, whose late steps need
-    an early part that was played well. A late b tries something new with all before it played well.
+    e_start falls from 1 to .05, e_end from .8 to .01 over `anneal` env steps (0 = 2000 rollouts of
+    the mean length so far, >= 200 000). Noise fades within a rollout too: its late steps need an
+    early part that was played well. A late b tries something new with all before it played well.
     Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1)."""
 
     def __init__(self, spec, n_envs, anneal, rng):
@@ -1288,8 +1288,8 @@ class Learner:
         self.updates, self.started = state["updates"], state["started"]
 
 
-# Several processes (torchrun): each has its own environments and replay buffer, gradients and
-# statistics are averaged over all of them, and the first, rank 0, evaluates and writes.
+# Several processes (torchrun): each has its own environments and replay buffer; gradients and
+# statistics are averaged over all of them; all evaluate alike, and the first, rank 0, writes.
 def join_processes():
     """Under torchrun, meet the other processes: NCCL between GPUs, Gloo for what is on the CPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
