@@ -50,8 +50,8 @@ from torch import distributions
 
 import envs as environments
 from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Recorded, Spec, UsageError,
-                  blame, catch_signals, check_options_of, each, keep_freed_memory, option,
-                  read_command_line, report_disk_trouble, say)
+                  blame, catch_signals, check_options_of, each, option, read_command_line,
+                  report_disk_trouble, say, set_up_memory)
 
 VERSION = 4    # of checkpoints
 # ==================================================================================================
@@ -1277,7 +1277,7 @@ class Learner:
                     started=self.started)
 
     def restore(self, state):
-        """Into a Learner that was made for the same Spec and Config."""
+        """Into a Learner for the same Spec and Config that has made no update."""
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
@@ -1321,7 +1321,7 @@ def train(config, saved=None):
     BrokenEnvironment after saving what can be saved, see save_run."""
     join_processes()
     device, rank = config.torch_device(), process_rank()
-    keep_freed_memory()
+    set_up_memory()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)                            # every process begins with one agent
     env = environments.make_env(config.env)

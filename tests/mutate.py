@@ -29,6 +29,7 @@ SUITES = "tests/test_suites.py::test_a_run_from_the_command_line_to_an_evaluatio
 THREE = RESUME + "three_and_three_evaluations_are_six"
 CUDA = "tests/test_cuda.py::test_"
 RECORDED = CUDA + "a_recorded_function_is_that_function"
+SHAPES = CLI + "products_of_shapes_that_do_not_come_again_are_forgotten"
 AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
 MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tests that go red)
@@ -613,6 +614,13 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "if self.alike <= 3:", "if self.alike <= 1:", RECORDED),
     ("a CPU's function is recorded", "envs.py",
      "        if not self.usable:\n", "        if False:\n", RECORDED),
+    ("half a recording is replayed", "envs.py",
+     "            graph = torch.cuda.CUDAGraph()\n",
+     "            graph = self.graph = torch.cuda.CUDAGraph()\n",
+     CUDA + "half_a_recording_is_none"),
+    ("code for every shape of a batch is kept", "envs.py",
+     'os.environ.setdefault(name, "64")', 'os.environ.setdefault(name, "1024")', SHAPES),
+    ("training leaves memory as it was", AMAGO, "    set_up_memory()\n", "", SHAPES),
     ("a weight for acting moves in memory", AMAGO,
      "self.kept = self.kept.copy_(weight) if stays else weight", "self.kept = weight",
      CUDA + "a_recorded_update_is_the_same_update"),

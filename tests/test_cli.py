@@ -368,6 +368,25 @@ def test_too_little_memory(problem, where, code, monkeypatch, capsys):
     assert os.path.exists("run/checkpoint.pt") == os.path.exists("run") == (code == 1)
 
 
+SHAPES = """
+import resource, sys, torch, amago_min
+assert amago_min.main(sys.argv[1:]) == 0
+weight, size = torch.ones(256, 256, dtype=torch.bfloat16), []
+for rows in range(330):
+    torch.ones(500 + rows, 256, dtype=torch.bfloat16) @ weight
+    size.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(f"grew by {size[-1] - size[29]:.0f} MB")
+"""
+
+
+def test_products_of_shapes_that_do_not_come_again_are_forgotten():
+    """Catches gigabytes of code, kept for batches that all have another number of steps."""
+    command = [sys.executable, "-c", SHAPES, "--env-steps", "1", "--out", "run", *SMALL]
+    path = dict(os.environ, PYTHONPATH=os.path.dirname(am.__file__))
+    found = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+    assert int(found.stdout.split("grew by ")[1].split()[0]) < 150, "228 MB if all are kept"
+
+
 @pytest.mark.parametrize("evaluating", [False, True])
 def test_a_missing_package_comes_with_its_command(evaluating, monkeypatch, capsys, tmp_path):
     """Catches a bare ModuleNotFoundError, in training and on another machine in --eval."""

@@ -3,6 +3,7 @@ name the bugs they catch. Without a GPU, what is recorded and replayed is tested
 does the same operations again, and the rest is skipped.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -141,6 +142,22 @@ def test_a_recorded_function_is_that_function(device):
     plain = Recorded(double, False)
     for i in range(6):
         assert plain(dict(x=x), i).tolist() == [24.0, 24.0] and plain.graph is None
+
+
+def test_half_a_recording_is_none(device):
+    """Catches a replay of what was recorded before an error."""
+    left, state = [RuntimeError("out of memory")], torch.zeros(2, device=device)
+
+    def twice(inputs):
+        state[0] += inputs["x"]
+        if len(left) == 1 and calls == 3:
+            raise left.pop()
+        state[1] += inputs["x"]
+    recorded = Recorded(twice, True)
+    for calls in range(8):
+        with contextlib.suppress(RuntimeError):
+            recorded(dict(x=torch.ones((), device=device)))
+    assert recorded.graph and state.tolist() == [7.0, 7.0]     # the fourth never ran
 
 
 @both_kinds

@@ -59,7 +59,7 @@ def milliseconds(call, repeats):
 
 
 def main():
-    am.keep_freed_memory()
+    am.set_up_memory()
     torch.set_num_threads(1)
     print(f"{BATCH} rollouts of {T} steps, CPU milliseconds, medians\n"
           f"{'':14}{'scheme':>8}{'rarity':>8}{'relabel':>9}{'update':>8}{'share':>8}")

@@ -186,7 +186,7 @@ def read_options():
 
 def main():
     if cell := (options := read_options()).cell:
-        am.keep_freed_memory()                  # as train does
+        am.set_up_memory()                  # as train does
         torch.set_num_threads(cell["threads"] or torch.get_num_threads())
         return print(json.dumps(dict(peak=peak, update=update, act=act)[cell["what"]](cell)))
 
