@@ -42,16 +42,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+import envs as environments    # before torch: it says how long OpenMP's threads wait
+from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Recorded, Spec, UsageError,
+                  blame, catch_signals, check_options_of, each, option, read_command_line,
+                  report_disk_trouble, say, set_up_memory)
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributions
-
-import envs as environments
-from envs import (BrokenEnvironment, GoalRarity, Log, NonFiniteLoss, Recorded, Spec, UsageError,
-                  blame, catch_signals, check_options_of, each, option, read_command_line,
-                  report_disk_trouble, say, set_up_memory)
 
 VERSION = 4    # of checkpoints
 # ==================================================================================================

@@ -29,6 +29,7 @@ SUITES = "tests/test_suites.py::test_a_run_from_the_command_line_to_an_evaluatio
 THREE = RESUME + "three_and_three_evaluations_are_six"
 CUDA = "tests/test_cuda.py::test_"
 RECORDED = CUDA + "a_recorded_function_is_that_function"
+PATIENCE = CLI + "threads_do_not_wait_in_a_loop_for_long"
 SHAPES = CLI + "products_of_shapes_that_do_not_come_again_are_forgotten"
 AMAGO, PLOTS = "amago_min.py", "notebooks/plots.py"
 
@@ -618,6 +619,11 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "            graph = torch.cuda.CUDAGraph()\n",
      "            graph = self.graph = torch.cuda.CUDAGraph()\n",
      CUDA + "half_a_recording_is_none"),
+    ("threads wait in a loop for long", "envs.py",
+     'os.environ.setdefault("GOMP_SPINCOUNT", "10000")', "pass", PATIENCE),
+    ("threads are told how long to wait when it is too late", AMAGO,
+     "import envs as environments    # before torch", "import torch, envs as environments  #",
+     PATIENCE),
     ("code for every shape of a batch is kept", "envs.py",
      'os.environ.setdefault(name, "64")', 'os.environ.setdefault(name, "1024")', SHAPES),
     ("training leaves memory as it was", AMAGO, "    set_up_memory()\n", "", SHAPES),

@@ -368,6 +368,30 @@ def test_too_little_memory(problem, where, code, monkeypatch, capsys):
     assert os.path.exists("run/checkpoint.pt") == os.path.exists("run") == (code == 1)
 
 
+PATIENCE = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch())
+import amago_min
+"""
+
+
+@pytest.mark.parametrize("given, seen", [
+    ({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+def test_threads_do_not_wait_in_a_loop_for_long(given, seen):
+    """Catches a hundredth of the speed beside one busy process: torch reads it when it is loaded;
+    and that a user who knows better is not heard."""
+    clean = {name: x for name, x in os.environ.items()
+             if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    path = dict(clean, PYTHONPATH=os.path.dirname(am.__file__), **given)
+    found = subprocess.run([sys.executable, "-c", PATIENCE], env=path, capture_output=True,
+                           text=True, check=True)
+    assert found.stdout.split() == [seen]
+
+
 SHAPES = """
 import resource, sys, torch, amago_min
 assert amago_min.main(sys.argv[1:]) == 0

@@ -46,6 +46,13 @@ and targets, 65 of operations that only move memory (compiled: 28, 9, 8, 38):
     TORCHINDUCTOR_CPP_WRAPPER=1: compiled small 35.0 -> 37.0                           not used
     PE, the critics of each gamma's action in chunks that fit the cache, one thread beside two
       trainings: 396 -> 375                                                            not used
+Threads that sleep after waiting n turns (GOMP_SPINCOUNT, 300 000 by default), nano, RP, two cores,
+updates/s alone / beside one busy process / beside three: default 26.5 / .2 / less than .1; 20 000:
+26 / 4.1 / 2.0; 10 000: 25 / 6.5 / -; 5 000: 27 (default 30.5) / - / 4.2; 1 000: 19 (30.5) / - / 6.5;
+OMP_WAIT_POLICY=passive 15 (28) / - / 7.3                                           10 000 kept
+Small, Crafter, batches of ever new shapes in bfloat16, one thread beside three trainings: oneDNN
+builds code for each of them, 540 ms per update (float32 570; one shape again and again 425, 575),
+and keeps it: 4.6 GB; with caches for 64 instead of 1 024 of them 1.3 GB, as fast         kept
 Paper on an NVIDIA H200, whose host needs 20 us to launch a kernel (results/speed/gpu-h200.txt),
 contexts 256, 1024, 8192, updates/s; the GPU is busy for 4.8 ms of 29 at 256, 107 of 115 at 8192:
     kernel by kernel, 1 200 of them: 33, 27, 8.7
