@@ -48,7 +48,7 @@ and targets, 65 of operations that only move memory (compiled: 28, 9, 8, 38):
       trainings: 396 -> 375                                                            not used
 Threads that sleep after waiting n turns (GOMP_SPINCOUNT, 300 000 by default), nano, RP, two cores,
 updates/s alone / beside one busy process / beside three: default 26.5 / .2 / less than .1; 20 000:
-26 / 4.1 / 2.0; 10 000: 25 / 6.5 / -; 5 000: 27 (default 30.5) / - / 4.2; 1 000: 19 (30.5) / - / 6.5;
+26 / 4.1 / 2.0; 10 000: 25 / 6.5 / -; 5 000: 27 (default 30) / - / 4.2; 1 000: 19 (30) / - / 6.5;
 OMP_WAIT_POLICY=passive 15 (28) / - / 7.3                                           10 000 kept
 Small, Crafter, batches of ever new shapes in bfloat16, one thread beside three trainings: oneDNN
 builds code for each of them, 540 ms per update (float32 570; one shape again and again 425, 575),
