@@ -155,7 +155,7 @@ def worlds():
     header = ("environment", "seed", "best return:", "at the end:", "success:", "env steps:",
               "updates:", "minutes:", "random:", "best known:")
     rows = []
-    for curve in runs_in("worlds", "crafter"):
+    for curve in runs_in("worlds", "crafter", "long"):
         known = {} if optional(curve) else plots.look_up(curve.options["env"])[1]
         returns, success = curve.columns["return_mean"], curve.columns["success"][-1]
         rows.append([env_of(curve), curve.options["seed"], number(returns.max()),

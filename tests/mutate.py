@@ -620,7 +620,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
      "            graph = self.graph = torch.cuda.CUDAGraph()\n",
      CUDA + "half_a_recording_is_none"),
     ("threads wait in a loop for long", "envs.py",
-     'os.environ.setdefault("GOMP_SPINCOUNT", "10000")', "pass", PATIENCE),
+     'os.environ.setdefault("GOMP_SPINCOUNT", "20000")', "pass", PATIENCE),
     ("threads are told how long to wait when it is too late", AMAGO,
      "import envs as environments    # before torch", "import torch, envs as environments  #",
      PATIENCE),

@@ -380,7 +380,7 @@ import amago_min
 
 
 @pytest.mark.parametrize("given, seen", [
-    ({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
 def test_threads_do_not_wait_in_a_loop_for_long(given, seen):
     """Catches a hundredth of the speed beside one busy process: torch reads it when it is loaded;
     and that a user who knows better is not heard."""

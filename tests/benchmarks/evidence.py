@@ -49,8 +49,7 @@ JOBS = {
        for arm, seed in ARM_SEEDS for task, what in TASKS.items()},
     **{f"crafter/{arm}-0": f"--env crafter:instructions --env-steps 4000000 {ARMS[arm]}".strip()
        for arm in ("full", "no-relabeling")},
-    # as many env steps as in the paper
-    "ablations/delivery-full-0": "--env delivery:30 --env-steps 2600000 --seed 0",
+    "long/delivery-30-0": "--env delivery:30 --env-steps 2600000",     # as many as in the paper
 }
 
 

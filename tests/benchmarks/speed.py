@@ -47,9 +47,10 @@ and targets, 65 of operations that only move memory (compiled: 28, 9, 8, 38):
     PE, the critics of each gamma's action in chunks that fit the cache, one thread beside two
       trainings: 396 -> 375                                                            not used
 Threads that sleep after waiting n turns (GOMP_SPINCOUNT, 300 000 by default), nano, RP, two cores,
-updates/s alone / beside one busy process / beside three: default 26.5 / .2 / less than .1; 20 000:
-26 / 4.1 / 2.0; 10 000: 25 / 6.5 / -; 5 000: 27 (default 30) / - / 4.2; 1 000: 19 (30) / - / 6.5;
-OMP_WAIT_POLICY=passive 15 (28) / - / 7.3                                           10 000 kept
+updates/s alone / beside one busy process / beside three (alone: relative to the default then):
+    default 24.1 / .2 / less than .1                   20 000: 23.0 / 4.1 / 2.0              kept
+    15 000: 23.2; 10 000: 22.4 / 6.5; 5 000: 21 / - / 4.2; 1 000: 15 / - / 6.5; OMP_WAIT_POLICY=
+    passive: 13 / - / 7.3                                                                not used
 Small, Crafter, batches of ever new shapes in bfloat16, one thread beside three trainings: oneDNN
 builds code for each of them, 540 ms per update (float32 570; one shape again and again 425, 575),
 and keeps it: 4.6 GB; with caches for 64 instead of 1 024 of them 1.3 GB, as fast         kept
