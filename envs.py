@@ -2545,7 +2545,7 @@ def set_up_memory():
     """Before anything is computed on a CPU: what the libraries below torch keep, and what not."""
     # oneDNN, which multiplies in bfloat16, writes code for every new shape, and it and torch keep
     # the last 1024 of these: gigabytes, where no two batches have as many steps (4.6 GB in Crafter
-    # with size small, now 1.2). With 64, batches of one shape are as fast as before.
+    # with size small, now 1.4). With 64, batches of one shape are as fast as before.
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
     # glibc is to keep freed memory instead of handing it back to the kernel, which would have to
