@@ -1129,22 +1129,22 @@ class Collector:
 
     def state(self):
         """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
+        counts = dict(env_steps=self.env_steps, begun=self.exploration.begun)
         if self.waiting:
-            return dict(env_steps=self.env_steps)
-        return dict(tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens), time=self.time,
-                    env_steps=self.env_steps, envs=json.dumps(self.envs.call("state")),
-                    noise=self.exploration.plan, begun=self.exploration.begun,
-                    episode=json.dumps(self.episode), length=self.cache.length,
+            return counts
+        return dict(counts, tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens),
+                    time=self.time, length=self.cache.length, episode=json.dumps(self.episode),
+                    noise=self.exploration.plan, envs=json.dumps(self.envs.call("state")),
                     keys=self.cache.keys.cpu(), values=self.cache.values.cpu())
 
     def restore(self, state):
         """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
-        self.env_steps = state["env_steps"]
+        self.env_steps, self.exploration.begun = state["env_steps"], state["begun"]
         if "envs" in state:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
             self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
-            self.exploration.plan, self.exploration.begun = state["noise"].numpy(), state["begun"]
+            self.exploration.plan = state["noise"].numpy()
             self.cache.keys.copy_(state["keys"])
             self.cache.values.copy_(state["values"])
             self.cache.length = state["length"].numpy()

@@ -881,7 +881,7 @@ WRONG = {"nan": lambda: math.nan, "error": lambda: 1 // 0, "death": lambda: os._
 @pytest.mark.parametrize("wrong, bad", [("nan", 4), ("error", 0), ("death", 4)])
 def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
     """Catches a run that hangs, ends in a traceback or without its checkpoint, or that blames an
-    environment of another worker."""
+    environment of another worker; and one that forgets how far exploration has come."""
     forked_workers(monkeypatch)
     use(monkeypatch, Faulty, bad=bad, wrong=WRONG[wrong])
     assert am.main(train("probe", 1000, "--out", "run", "--parallel-envs", "5", "--workers", "2",
@@ -891,7 +891,10 @@ def test_a_worker_that_breaks(wrong, bad, monkeypatch, capfd):
     assert (f"environment {bad}" in message) == (wrong != "death")
     what = {"nan": "reward is nan", "error": "ZeroDivisionError", "death": "worker"}
     assert what[wrong] in message
-    assert am.load_checkpoint("run")[-1]["env_steps"] >= 29 * 5
+    state = am.load_checkpoint("run")[-1]
+    assert state["env_steps"] >= 29 * 5
+    # Seven rollouts of four steps are over, an eighth has begun; else noise would begin anew.
+    assert state["processes"][0]["collector"]["begun"] == 5 * 8
 
 
 def test_a_worker_that_cannot_begin(monkeypatch):
