@@ -144,11 +144,10 @@ class Config:
 
 # ==================================================================================================
 # 2. The stable Transformer ([1] App. A.3, Fig. 16)
-#    RL wants attention that is far sharper than language does ("look at exactly the card three
-#    steps ago"), and a plain pre-norm Transformer gets there by growing its queries and keys until
-#    attention saturates and its gradient dies. Three changes keep every activation bounded:
-#    sigma-reparametrised projections [2], extra layer norms and a scale per head [3], and Leaky
-#    ReLU everywhere. No dropout: against memorising, fresh rollouts help more (see --replay-ratio).
+#    RL wants attention far sharper than language does ("look at exactly the card three steps ago").
+#    A plain pre-norm Transformer gets there by growing its queries and keys until attention
+#    saturates and its gradient dies. Three changes keep all activations bounded: projections of
+#    learned sigma [2], more layer norms and a scale per head [3], Leaky ReLU. There is no dropout.
 class SigmaLinear(nn.Module):
     """Linear layer whose spectral norm is one learned number, whatever its weights do [2].
 
@@ -404,9 +403,8 @@ class Transformer(nn.Module):
 
 # ==================================================================================================
 # 3. Timestep encoder ([1] App. A.1)
-#    Everything that happened at a step becomes one vector, one token: observation, previous action,
-#    previous reward, reset flag, clock, and the instruction if there is one. The instruction is
-#    part of every token, not a prompt, so that an agent without memory could read it too.
+#    All that happened at a step becomes one token: observation, previous action and reward, reset
+#    flag, clock, and the instruction: in every token, so that an agent without memory can read it.
 class RunningNorm(nn.Module):
     """Normalise inputs by running statistics of RAW inputs ([1] App. A.1), per dimension.
 
@@ -955,9 +953,8 @@ class ReplayBuffer:
 
 # ==================================================================================================
 # 8. Hindsight instruction relabeling ([1] section 4, Algorithm 1)
-#    A rollout that failed at its instruction did something else, and is a perfect example of how to
-#    do that. So pretend that it was asked for: replace goals that were missed by goals that were
-#    met, in the order in which they were, and replay the rollout under the new instruction.
+#    A rollout that failed at its instruction is a perfect example of how to do what it did instead.
+#    So pretend that this was asked for: goals that were missed give way to goals that were met.
 def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     """Algorithm 1 -> a new Trajectory, or the one given, never touched, if nothing is to be done.
     Step t reached achieved[t], from the front (0 = none); reward is nonzero only where one counted.
@@ -1007,31 +1004,32 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
 # ==================================================================================================
 # 9. Rollouts and exploration ([1] App. A.2, Fig. 13)
 class Exploration:
-    """The randomised bi-level epsilon schedule, which in half of the rollouts begins late.
+    """The randomised bi-level epsilon schedule, which may begin late in a rollout.
 
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
         m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
-    e_start falls from 1 to .05, e_end from .8 to .01 over `anneal` env steps (0 = 2000 rollouts of
-    the mean length so far, >= 200 000). Noise fades within a rollout too: its late steps need an
-    early part that was played well. A late b tries something new with all before it played well.
-    Discrete actions: a uniform one with probability epsilon. Continuous: a + epsilon N(0, 1)."""
+    e_start falls from 1 to .05, e_end from .8 to .01 over `anneal` env steps; if that is 0, over
+    2000 rollouts, at least 200 000 env steps, and not before 100 rollouts got a reward. Late steps
+    have less noise: they need an early part played well. A late b tries new things after all of it.
+    Discrete: a uniform action with probability epsilon. Continuous: + epsilon N(0, 1), b = 0."""
 
     def __init__(self, spec, n_envs, anneal, rng):
-        self.spec, self.anneal, self.rng, self.begun = spec, anneal, rng, n_envs * world_size()
+        self.spec, self.anneal, self.rng = spec, anneal, rng
+        self.begun, self.barren = n_envs * world_size(), 0   # rollouts; those without any reward
         self.plan = self.draw(np.full(n_envs, spec.horizon))
 
     def draw(self, length):
         """length (n,) -> (2, n): m and b of n rollouts"""
         multiplier, late, u = self.rng.uniform(size=(3, len(length)))
-        return np.stack([multiplier, (late < 0.5) * (length - length ** u)])
+        return np.stack([multiplier, (late < 0.5 * self.spec.discrete) * (length - length ** u)])
 
     def epsilon(self, time, env_steps):
         """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""
-        done = min(1, env_steps / (self.anneal or max(200_000, 2000 * env_steps / self.begun)))
+        done = min(1, env_steps / self.anneal if self.anneal else min(
+            env_steps / 200_000, self.begun / 2000, (self.begun - self.barren) / 100))
         start, end = 1.0 + (0.05 - 1.0) * done, 0.8 + (0.01 - 0.8) * done
-        multiplier, begin = self.plan
-        fade = (time - begin) / self.spec.horizon
+        multiplier, fade = self.plan[0], (time - self.plan[1]) / self.spec.horizon
         return np.where(fade >= 0, multiplier * (start - (start - end) * fade), 0.0)
 
     def __call__(self, action, time, env_steps):
@@ -1043,10 +1041,11 @@ class Exploration:
         noise = self.rng.normal(size=action.shape).astype(np.float32)
         return np.clip(action + epsilon[:, None].astype(np.float32) * noise, -1, 1)
 
-    def reset(self, ended, length):
-        """Draw anew where `ended` (N,) is True: a rollout of length (N,) is over, one begins."""
+    def reset(self, ended, length, barren):
+        """Draw anew where `ended` (N,) is True: rollouts of length (N,), `barren` got no reward."""
         self.plan[:, ended] = self.draw(length[ended])
         self.begun += int(ended.sum()) * world_size()
+        self.barren += barren * world_size()
 
 
 class Collector:
@@ -1107,7 +1106,7 @@ class Collector:
         self.env_steps += len(self.rows) * world_size()
         self.cache.end_step(ended)
         if self.exploration:
-            self.exploration.reset(ended, length)
+            self.exploration.reset(ended, length, sum(not x.reward.any() for _, x in finished))
         self.waiting = False
         return finished
 
@@ -1129,7 +1128,8 @@ class Collector:
 
     def state(self):
         """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
-        counts = dict(env_steps=self.env_steps, begun=self.exploration.begun)
+        counts = dict(env_steps=self.env_steps, begun=self.exploration.begun,
+                      barren=self.exploration.barren)
         if self.waiting:
             return counts
         return dict(counts, tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens),
@@ -1140,6 +1140,7 @@ class Collector:
     def restore(self, state):
         """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
         self.env_steps, self.exploration.begun = state["env_steps"], state["begun"]
+        self.exploration.barren = state.get("barren", 0)     # not in earlier checkpoints
         if "envs" in state:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
@@ -1458,8 +1459,7 @@ def load_checkpoint(folder, device="cpu"):
 # ==================================================================================================
 # 12. Command line
 def parse_command_line(argv=None):
-    """-> Config, and the checkpoint that it resumes or None. Raises UsageError, also for an option,
-    or a number of processes, that may not change."""
+    """-> Config, and the checkpoint to resume or None. UsageError also for what may not change."""
     values, given = read_command_line(Config, "amago_min.py", argv)
     environments.check_together(given)
     if not values["resume"]:

@@ -383,9 +383,21 @@ def test_noise_fades_over_2000_rollouts(length, steps):
                            np.random.default_rng(0))
     for share in (.5, 1):
         for _ in range(int(share * steps / length) - noise.begun):
-            noise.reset(np.array([True]), np.array([length]))
+            noise.reset(np.array([True]), np.array([length]), 0)
         noise.plan[:] = [[1.0], [0.0]]
         assert noise.epsilon(np.array([0]), share * steps) == pytest.approx(1 - .95 * share)
+
+
+def test_noise_lasts_until_something_is_found():
+    """Catches noise that is over when hardly any rollout got a reward: in wind nothing was met in
+    400 000 env steps after. By hand: one of 40 rollouts, and the one under way, count as found: .41
+    of the way after 1600; after 4000 more than all that is asked for. Not if a number is given."""
+    for anneal, after, share in ((0, 1600, .41), (0, 4000, 1), (10 ** 7, 1600, .1)):
+        noise = am.Exploration(SPECS["discrete"], 1, anneal, np.random.default_rng(0))
+        for i in range(after):
+            noise.reset(np.array([True]), np.array([9]), int(i % 40 > 0))
+        noise.plan[:] = [[1.0], [0.0]]
+        assert noise.epsilon(np.array([0]), 10 ** 6) == pytest.approx(1 - .95 * share)
 
 
 def test_noise_that_begins_late():
@@ -407,12 +419,21 @@ def test_where_noise_begins():
     assert abs(np.corrcoef(multiplier, begin)[0, 1]) < .02
 
 
+def test_continuous_noise_begins_at_once():
+    """Catches rollouts without noise where actions are continuous: there it shows most states with
+    one action only, and critics are asked about others."""
+    noise = am.Exploration(SPECS["continuous"], 1000, 1000, np.random.default_rng(0))
+    assert not noise.plan[1].any() and len(set(noise.plan[0])) == 1000
+    noise.reset(np.ones(1000, bool), np.full(1000, 9), 0)
+    assert not noise.plan[1].any() and len(set(noise.plan[0])) == 1000
+
+
 def test_noise_begins_within_a_rollout_as_long_as_the_last_one():
     """Catches a beginning drawn over the horizon, 9 steps, which short rollouts never live to see:
     now they last 1 to 4."""
     noise = am.Exploration(SPECS["discrete"], 40_000, 1000, np.random.default_rng(0))
     length = np.arange(40_000) % 4 + 1
-    noise.reset(np.ones(40_000, bool), length)
+    noise.reset(np.ones(40_000, bool), length, 0)
     begin = noise.plan[1]
     assert (begin == 0)[length > 1].mean() == pytest.approx(0.5, abs=0.01)
     assert (begin <= length - 1).all() and begin[length == 4].max() > 2.9
@@ -424,7 +445,7 @@ def test_the_collector_tells_how_long_the_rollout_was():
     torch.manual_seed(0)
     agent = am.Agent(spec, am.Config()).eval()
     noise = am.Exploration(spec, 3, 10 ** 6, np.random.default_rng(0))
-    noise.reset = lambda ended, length: told.append(length[ended].tolist())
+    noise.reset = lambda ended, length, barren: told.append(length[ended].tolist())
     collector = am.Collector("meta:popgym:MineSweeperEasy?episodes=3", 3, agent, 1024, 7, noise)
     for _ in range(60):
         finished = collector.step()
@@ -436,7 +457,7 @@ def test_new_rollouts_get_new_noise():
     """Catches one amount of noise for ever, and a change of it within a rollout."""
     noise = am.Exploration(SPECS["discrete"], 4, 1000, np.random.default_rng(0))
     before = noise.plan.copy()
-    noise.reset(np.array([True, False, True, False]), np.full(4, 9))
+    noise.reset(np.array([True, False, True, False]), np.full(4, 9), 1)
     assert (noise.plan[0] != before[0]).tolist() == [True, False, True, False]
     assert (noise.plan[1] == before[1])[[1, 3]].all()
 

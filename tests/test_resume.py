@@ -864,6 +864,24 @@ def forked_workers(monkeypatch):
     monkeypatch.setattr(am.environments.multiprocessing, "get_context", lambda _: get("fork"))
 
 
+class PaidInNumber0(Probe):
+    """A reward for each step of the environment that is seeded first, none in the others."""
+    horizon = 4
+
+    def pay(self, action):
+        return self.np_random_seed == 1_000_000
+
+
+def test_what_exploration_has_counted_is_saved(monkeypatch):
+    """Catches rollouts without a reward that nobody counts, or that a resumed run has forgotten:
+    its noise would end before anything is found. Two of three environments never get one."""
+    use(monkeypatch, PaidInNumber0)
+    for arguments, rounds in ((train("probe", 60, "--out", "run"), 5), (resume("run", 120), 10)):
+        assert am.main(arguments) == 0
+        own = saved("run")["processes"][0]["collector"]
+        assert (own["begun"], own["barren"]) == (3 + 3 * rounds, 2 * rounds)
+
+
 class Faulty(Probe):
     """The one with number `bad` goes wrong at its 30th step."""
     horizon, lived, bad, wrong = 4, 0, 0, None
