@@ -1139,13 +1139,13 @@ class Collector:
 
     def restore(self, state):
         """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
-        self.env_steps, self.exploration.begun = state["env_steps"], state["begun"]
-        self.exploration.barren = state.get("barren", 0)     # not in earlier checkpoints
+        self.env_steps, noise = state["env_steps"], self.exploration     # earlier ones may lack:
+        noise.begun, noise.barren = state.get("begun", noise.begun), state.get("barren", 0)
         if "envs" in state:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
             self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
-            self.exploration.plan = state["noise"].numpy()
+            noise.plan = state["noise"].numpy()
             self.cache.keys.copy_(state["keys"])
             self.cache.values.copy_(state["values"])
             self.cache.length = state["length"].numpy()

@@ -882,6 +882,17 @@ def test_what_exploration_has_counted_is_saved(monkeypatch):
         assert (own["begun"], own["barren"]) == (3 + 3 * rounds, 2 * rounds)
 
 
+def test_a_checkpoint_from_before_exploration_counted(monkeypatch):
+    """Catches a run of an earlier version, whose environment broke, that cannot be resumed."""
+    use(monkeypatch, PaidInNumber0)
+    assert am.main(train("probe", 60, "--out", "run")) == 0
+    state = saved("run")
+    for count in ("begun", "barren"):
+        del state["processes"][0]["collector"][count]
+    am.save_checkpoint(pathlib.Path("run") / "checkpoint.pt", state)
+    assert am.main(resume("run", 120)) == 0
+
+
 class Faulty(Probe):
     """The one with number `bad` goes wrong at its 30th step."""
     horizon, lived, bad, wrong = 4, 0, 0, None
