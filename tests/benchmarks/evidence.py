@@ -36,9 +36,10 @@ JOBS = {
     "worlds/tmaze-500-0": "--env tmaze:500",
     "worlds/maze-7x7-goals-1-0": "--env maze:7x7?goals=1 --env-steps 300000 --target-return .98",
     "worlds/maze-7x7-goals-2-0": "--env maze:7x7?goals=2 --env-steps 500000 --target-return 1.46",
-    "worlds/wind-0": "--env wind: --env-steps 1500000",
+    **{f"worlds/wind-{seed}": f"--env wind: --env-steps 1500000 --seed {seed}"
+       for seed in range(3)},
     "worlds/darkkey-5x5-0": "--env darkkey:5x5 --env-steps 1500000",
-    "worlds/darkkey-9x9-0": "--env darkkey:9x9 --env-steps 1200000 --buffer-steps 100000",
+    "worlds/darkkey-9x9-0": "--env darkkey:9x9 --env-steps 1200000",
     "worlds/maze-15x15-0": "--env maze:15x15 --env-steps 800000",
     "worlds/maze-30x30-0": "--env maze:30x30 --env-steps 2100000",
     "worlds/crafter-undirected-0": "--env crafter:undirected --env-steps 600000",
