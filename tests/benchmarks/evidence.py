@@ -33,7 +33,13 @@ TASKS = {"delivery": "--env delivery:30 --env-steps 500000",
          "maze": "--env maze:11x11?goals=3 --env-steps 300000"}
 JOBS = {
     **{f"worlds/tmaze-100-{seed}": f"--env tmaze:100 --seed {seed}" for seed in range(3)},
+    "worlds/tmaze-400-0": "--env tmaze:400 --env-steps 1500000",
     "worlds/tmaze-500-0": "--env tmaze:500",
+    "worlds/tmaze-100-0-on": "--env tmaze:100 --env-steps 210000 --target-return none",
+    "worlds/maze-7x7-goals-1-0-on":
+        "--env maze:7x7?goals=1 --env-steps 80000 --target-return none",
+    "worlds/maze-7x7-goals-2-0-on":
+        "--env maze:7x7?goals=2 --env-steps 75000 --target-return none",
     "worlds/maze-7x7-goals-1-0": "--env maze:7x7?goals=1 --env-steps 300000 --target-return .98",
     "worlds/maze-7x7-goals-2-0": "--env maze:7x7?goals=2 --env-steps 500000 --target-return 1.46",
     **{f"worlds/wind-{seed}": f"--env wind: --env-steps 1500000 --seed {seed}"
