@@ -1010,13 +1010,13 @@ class Exploration:
         m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
     e_start falls from 1 to .05, e_end from .8 to .01 over `anneal` env steps; if that is 0, over
-    2000 rollouts, at least 200 000 env steps, and not before 100 rollouts got a reward. Late steps
-    have less noise: they need an early part played well. A late b tries new things after all of it.
+    2000 rollouts, at least 200 000 env steps, and not before 100 rollouts got a reward. Noise fades
+    within a rollout, too: late steps need an early part played well; a late b tries them after it.
     Discrete: a uniform action with probability epsilon. Continuous: + epsilon N(0, 1), b = 0."""
 
     def __init__(self, spec, n_envs, anneal, rng):
         self.spec, self.anneal, self.rng = spec, anneal, rng
-        self.begun, self.barren = n_envs * world_size(), 0   # rollouts; those without any reward
+        self.begun = self.barren = n_envs * world_size()   # rollouts; those without a reward, yet
         self.plan = self.draw(np.full(n_envs, spec.horizon))
 
     def draw(self, length):
@@ -1027,7 +1027,7 @@ class Exploration:
     def epsilon(self, time, env_steps):
         """time (N,) steps since each rollout's start, env_steps so far -> (N,)"""
         done = min(1, env_steps / self.anneal if self.anneal else min(
-            env_steps / 200_000, self.begun / 2000, (self.begun - self.barren) / 100))
+            env_steps / 200_000, self.begun / 2000, (1 + self.begun - self.barren) / 100))
         start, end = 1.0 + (0.05 - 1.0) * done, 0.8 + (0.01 - 0.8) * done
         multiplier, fade = self.plan[0], (time - self.plan[1]) / self.spec.horizon
         return np.where(fade >= 0, multiplier * (start - (start - end) * fade), 0.0)
@@ -1127,14 +1127,14 @@ class Collector:
             self.tokens[name][i, 0] = first
 
     def state(self):
-        """For a checkpoint. Of environments that broke in the middle of a step nothing is kept."""
+        """For a checkpoint; nothing of environments that broke, or whose worker is gone."""
         counts = dict(env_steps=self.env_steps, begun=self.exploration.begun,
                       barren=self.exploration.barren)
-        if self.waiting:
+        if self.waiting or (envs := self.envs.state()) is None:
             return counts
         return dict(counts, tokens=each(lambda x: x[:, :self.time.max() + 1], self.tokens),
                     time=self.time, length=self.cache.length, episode=json.dumps(self.episode),
-                    noise=self.exploration.plan, envs=json.dumps(self.envs.call("state")),
+                    noise=self.exploration.plan, envs=json.dumps(envs),
                     keys=self.cache.keys.cpu(), values=self.cache.values.cpu())
 
     def restore(self, state):

@@ -61,6 +61,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -2410,11 +2411,12 @@ class ParallelEnvs:
         for argument in arguments:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, *argument), daemon=True)
-            with without_sigint():
+            with without_signals():
                 process.start()
             theirs.close()                                # so that the pipe ends with the worker
             self.pipes.append(ours)
             self.processes.append(process)
+            weakref.finalize(self, process.kill)          # it does not hear SIGTERM
 
     def send(self, command, arguments=None):
         """Start a Shard's `command`; arguments: one per environment, or None."""
@@ -2443,6 +2445,11 @@ class ParallelEnvs:
         self.send(command, arguments)
         return self.receive()
 
+    def state(self):
+        """-> what `restore` takes, one entry per environment; None if a worker is gone"""
+        with contextlib.suppress(BrokenEnvironment):
+            return self.call("state")
+
     def close(self):
         """End the workers. Without it they end with their pipes, or with this process."""
         for pipe in self.pipes:
@@ -2451,21 +2458,21 @@ class ParallelEnvs:
 
 
 @contextlib.contextmanager
-def without_sigint():
-    """Ctrl-C is ignored meanwhile, and by every process that is started: importing torch takes a
-    worker seconds, in which a Ctrl-C would end it with a traceback."""
-    main = threading.current_thread() is threading.main_thread()
-    before = main and signal.signal(signal.SIGINT, signal.SIG_IGN)
+def without_signals():
+    """Ctrl-C and SIGTERM are ignored meanwhile, and by every process that is started: they reach a
+    whole group of processes, and it is the parent that ends a run."""
+    main = threading.current_thread() is threading.main_thread()     # only it may set handlers
+    numbers = [signal.SIGINT, signal.SIGTERM] if main else []
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def serve(pipe, *arguments):
     """A worker's life: one Shard, commands in, results out, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's to handle
     shard = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -2737,10 +2744,7 @@ class Log:
         """One evaluation: a row of log.csv and of the console's table."""
         last = self.rows[-1] if self.rows else dict(self.clock, env_steps=0, updates=0)
         if env_steps >= self.next_eval:
-            # Where rollouts are long, an evaluation takes far more than 1000 steps itself.
-            every = self.config.eval_every or max(
-                1000, self.config.episodes * self.env.horizon // 4)
-            self.next_eval = env_steps + max(every, env_steps // 10)
+            self.next_eval = self.next_after(env_steps)
         elif env_steps == last["env_steps"]:                  # a finished run was resumed
             return
         row = dict(score, **self.clock, env_steps=env_steps, updates=updates,
@@ -2758,6 +2762,12 @@ class Log:
                 self.csv()
             say("".join(in_column(row.get(name, math.nan), width, how)
                         for name, (_, width, how, _) in COLUMNS.items()))
+
+    def next_after(self, env_steps):
+        """When the evaluation after one at `env_steps` is due."""
+        # Where rollouts are long, an evaluation takes far more than 1000 steps itself.
+        every = self.config.eval_every or max(1000, self.config.episodes * self.env.horizon // 4)
+        return env_steps + max(every, env_steps // 10)
 
     def finish(self):
         """eval.json and curve.png from the rows so far, and a last line that says where."""
@@ -2793,6 +2803,8 @@ class Log:
 
     def restore(self, state):
         vars(self).update(state)
+        if self.rows:      # --eval-every may be a smaller one now, and counts from the last row on
+            self.next_eval = min(self.next_eval, self.next_after(self.rows[-1]["env_steps"]))
 
 
 def progress_bar(total, shown=True, **more):

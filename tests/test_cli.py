@@ -675,6 +675,19 @@ def test_long_rollouts_are_evaluated_less_often(given, horizon, steps, following
     assert log.next_eval == following
 
 
+@pytest.mark.parametrize("given, following", [(1000, 1500), (2000, 1500), (300, 800)])
+def test_a_resumed_run_may_be_evaluated_more_often(given, following):
+    """Catches an --eval-every that a resumed run takes but does not follow. The last row is of 500
+    env steps, the end of the run before it; the next evaluation was due at 1500."""
+    env = Constant()
+    log = am.Log(am.Config(eval_every=1500), env, "agent", writes=False)
+    for steps in (0, 500):
+        log.row(dict(return_mean=0.0, return_std=0.0, success=math.nan), steps, updates=0)
+    resumed = am.Log(am.Config(eval_every=given), env, "agent", writes=False)
+    resumed.restore(log.state())
+    assert resumed.next_eval == following
+
+
 def test_control_c_saves_and_exits_130(tmp_path):
     """Catches Ctrl-C that kills the run in the middle of an update or of a file."""
     command = [sys.executable, PROGRAM, "--env", "gym:CartPole-v1?horizon=20",

@@ -390,14 +390,17 @@ def test_noise_fades_over_2000_rollouts(length, steps):
 
 def test_noise_lasts_until_something_is_found():
     """Catches noise that is over when hardly any rollout got a reward: in wind nothing was met in
-    400 000 env steps after. By hand: one of 40 rollouts, and the one under way, count as found: .41
-    of the way after 1600; after 4000 more than all that is asked for. Not if a number is given."""
-    for anneal, after, share in ((0, 1600, .41), (0, 4000, 1), (10 ** 7, 1600, .1)):
-        noise = am.Exploration(SPECS["discrete"], 1, anneal, np.random.default_rng(0))
-        for i in range(after):
-            noise.reset(np.array([True]), np.array([9]), int(i % 40 > 0))
-        noise.plan[:] = [[1.0], [0.0]]
-        assert noise.epsilon(np.array([0]), 10 ** 6) == pytest.approx(1 - .95 * share)
+    400 000 env steps after; and rollouts under way, of which there may be many, that count as if
+    they had got one. By hand: one of 40 did, and 1 is added: .41 of the way after 1600; after 4000
+    more than all that is asked for. Not if a number is given."""
+    for n_envs in (1, 400):
+        for anneal, after, share in ((0, 1600, .41), (0, 4000, 1), (10 ** 7, 1600, .1)):
+            noise = am.Exploration(SPECS["discrete"], n_envs, anneal, np.random.default_rng(0))
+            for i in range(after):
+                noise.reset(np.arange(n_envs) == 0, np.full(n_envs, 9), int(i % 40 > 0))
+            noise.plan[:] = [[1.0], [0.0]]
+            assert noise.epsilon(np.zeros(n_envs), 10 ** 6) == pytest.approx(
+                np.full(n_envs, 1 - .95 * share))
 
 
 def test_noise_that_begins_late():

@@ -879,7 +879,7 @@ def test_what_exploration_has_counted_is_saved(monkeypatch):
     for arguments, rounds in ((train("probe", 60, "--out", "run"), 5), (resume("run", 120), 10)):
         assert am.main(arguments) == 0
         own = saved("run")["processes"][0]["collector"]
-        assert (own["begun"], own["barren"]) == (3 + 3 * rounds, 2 * rounds)
+        assert (own["begun"], own["barren"]) == (3 + 3 * rounds, 3 + 2 * rounds)
 
 
 def test_a_checkpoint_from_before_exploration_counted(monkeypatch):
@@ -938,15 +938,60 @@ def test_a_worker_that_cannot_begin(monkeypatch):
         envs.call("begin_all")
 
 
-def test_workers_are_started_deaf_to_ctrl_c(monkeypatch):
-    """Catches a Ctrl-C that ends workers with tracebacks while they import torch."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_are_started_deaf_to_signals(number, monkeypatch):
+    """Catches a Ctrl-C, or a SIGTERM to all processes, that ends workers while they import torch.
+    """
     handlers, start = [], am.environments.multiprocessing.context.ForkProcess.start
     forked_workers(monkeypatch)
     monkeypatch.setattr(am.environments.multiprocessing.context.ForkProcess, "start", lambda self: (
-        handlers.append(signal.getsignal(signal.SIGINT)), start(self))[1])
-    before = signal.getsignal(signal.SIGINT)
+        handlers.append(signal.getsignal(number)), start(self))[1])
+    before = signal.getsignal(number)
     am.environments.ParallelEnvs(POLE, np.arange(2), 2).close()
-    assert handlers == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
+    assert handlers == [signal.SIG_IGN] * 2 and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_everything(number):
+    """Catches workers that end before the run has asked them for their environments, as when a
+    cluster or `timeout` ends a job: SIGTERM to every process of it."""
+    pid = fork_main(train(POLE, 10**6, "--out", "run", "--workers", "2"), os.setpgrp)
+    end, log = time.monotonic() + 60, pathlib.Path("run/log.csv")
+    while time.monotonic() < end and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    os.killpg(pid, number)
+    assert exit_code(pid) == 130
+    assert "saved" in one_line(pathlib.Path("fork.err").read_text())
+    state = saved("run")
+    assert "envs" in state["processes"][0]["collector"]
+    assert am.main(resume("run", state["env_steps"] + 60)) == 0
+
+
+def test_workers_do_not_outlive_their_owner():
+    """Catches a program that never ends, because its workers do not hear that they should."""
+    code = ("import numpy, envs; e = envs.ParallelEnvs('gym:CartPole-v1', numpy.arange(2), 2);"
+            "print(len(e.call('begin_all')))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(am.__file__).parent,
+                         capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "2\n", "")
+
+
+def test_a_worker_that_is_gone_when_all_is_saved(monkeypatch):
+    """Catches a finished run that loses its last checkpoint because a worker died meanwhile."""
+    forked_workers(monkeypatch)
+    real = am.environments.ParallelEnvs.state
+
+    def killed(envs):
+        envs.processes[0].kill()
+        envs.processes[0].join()
+        return real(envs)
+    with monkeypatch.context() as patch:
+        patch.setattr(am.environments.ParallelEnvs, "state", killed)
+        assert am.main(train(POLE, 120, "--out", "run", "--workers", "2")) == 0
+    state = saved("run")
+    assert state["env_steps"] == 120 and state["learner"]["updates"] > 0
+    assert am.main(resume("run", 300)) == 0
+    assert len(numbers("run")) == 6
 
 
 @pytest.mark.parametrize("moment", ["send", "receive"])
