@@ -854,12 +854,13 @@ def main(word=""):
     mutants = [mutant for mutant in MUTANTS if any(word in text for text in mutant)]
     if not torch.cpu.get_capabilities().get("avx512_bf16", False):
         # Such a CPU makes no code for each shape in bfloat16, so nothing grows there.
-        print("left out, this CPU has no bfloat16:", *[m[0] for m in mutants if m[4] == SHAPES])
-        mutants = [mutant for mutant in mutants if mutant[4] != SHAPES]
+        for mutant in [mutant for mutant in mutants if mutant[4] == SHAPES]:
+            print(f"{mutant[0]:<44} left out: this CPU has no bfloat16")
+            mutants.remove(mutant)
     stale = [f"{bug}: {old!r} is not there exactly once, in {name}"
              for bug, name, old, _, _ in mutants if (ROOT / name).read_text().count(old) != 1]
-    if stale:
-        sys.exit("\n".join(stale))
+    if stale or not mutants:
+        sys.exit("\n".join(stale) or f"no mutation is left that has {word!r} in it")
     workers, start, copies = os.cpu_count() or 1, time.perf_counter(), queue.Queue()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("clean", *map(str, range(workers))):
