@@ -35,6 +35,7 @@ JOBS = {
     **{f"worlds/tmaze-100-{seed}": f"--env tmaze:100 --seed {seed}" for seed in range(3)},
     "worlds/tmaze-400-0": "--env tmaze:400 --env-steps 1500000",
     "worlds/tmaze-500-0": "--env tmaze:500",
+    "worlds/tmaze-700-0": "--env tmaze:700 --env-steps 1230000",
     "worlds/tmaze-100-0-on": "--env tmaze:100 --env-steps 210000 --target-return none",
     "worlds/maze-7x7-goals-1-0-on":
         "--env maze:7x7?goals=1 --env-steps 80000 --target-return none",

@@ -30,9 +30,10 @@ def keep(run):
     (run / "agents").mkdir(exist_ok=True)
     seen = None
     while True:
-        changed = (run / "checkpoint.pt").stat().st_mtime
+        checkpoint = run / "checkpoint.pt"                    # the first comes after ten minutes
+        changed = checkpoint.stat().st_mtime if checkpoint.exists() else seen
         if changed != seen:
-            state = torch.load(run / "checkpoint.pt", weights_only=True, mmap=True)
+            state = torch.load(checkpoint, weights_only=True, mmap=True)
             torch.save(dict(agent=state["learner"]["average"], config=state["config"],
                             env_steps=state["env_steps"], updates=state["learner"]["updates"]),
                        run / "agents" / f"{state['env_steps']:08}.pt")
