@@ -69,8 +69,7 @@ SIZES = {
 
 @dataclasses.dataclass
 class Config:
-    """All options: `Config(env=..., lr=...)` in Python, `--env ... --lr ...` in a shell. Raises
-    UsageError for a value that is out of range."""
+    """All options: `Config(env=...)` or `--env ...`. UsageError for a value out of range."""
     # what to run
     env: str = option("popgym:RepeatPrevious", "environment, suite:Name; python envs.py lists them")
     size: str = option("nano", "size of the agent", choices=tuple(SIZES))
@@ -110,12 +109,14 @@ class Config:
     hide_plan: bool = option(False, "show the agent only the current goal of its instruction")
     # learning
     batch: int = option(24, "rollouts per update", low=1, high=10**5)
-    lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1)
+    lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1,
+                       free=True)
     warmup: int = option(100, "updates over which the learning rate rises from 0", low=1)
     weight_decay: float = option(1e-3, "AdamW's decoupled weight decay", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
                            "discount factors learned together; the last acts", low=0, high=.99999)
+    n_step: int = option(1, "rewards in a TD target before the critics' value", low=1, high=1000)
     critics: int = option(4, "critics in the ensemble", low=2, high=1000)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
     memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
@@ -516,8 +517,7 @@ class Actor(nn.Module):
 
     def forward(self, s):
         # Flat (N, D): on a 3-d input the in-place activations would make hidden copies.
-        out = self.mlp(s.flatten(0, -2)).float()
-        out = out.view(s.shape[:-1] + (self.num_gammas, -1))             # (..., G, A or 2A)
+        out = self.mlp(s.flatten(0, -2)).float().view(*s.shape[:-1], self.num_gammas, -1)
         if self.discrete:
             return distributions.Categorical(logits=out, validate_args=False)
         mean, raw = out.chunk(2, dim=-1)
@@ -577,8 +577,7 @@ class Critics(nn.Module):
         if action.dim() == s.dim():
             return q.view((C,) + batch + (G,)).movedim(0, -2)            # (..., C, G)
         # Row i holds the action of gamma i; only gamma i's own output of it is wanted.
-        q = q.view((C,) + batch + (G, G)).diagonal(dim1=-2, dim2=-1)
-        return q.movedim(0, -2)
+        return q.view((C,) + batch + (G, G)).diagonal(dim1=-2, dim2=-1).movedim(0, -2)
 
     @torch.no_grad()
     def rescale(self, w, b):
@@ -660,8 +659,7 @@ def td_targets(reward, done, next_value, gammas):
 
 
 def critic_loss(q, target):
-    """Mean squared TD error, both sides normalised by PopArt.
-    q (..., C, G), target (..., G) -> scalar"""
+    """Mean squared TD error of what PopArt normalised: q (..., C, G), target (..., G) -> scalar"""
     return ((q - target.unsqueeze(-2)) ** 2).mean()
 
 
@@ -704,7 +702,7 @@ class Agent(nn.Module):
     def __init__(self, spec, config):
         super().__init__()
         dims, critics, G = SIZES[config.size], config.critics, len(config.gammas)
-        self.spec, width, hidden = spec, dims["width"], dims["hidden"]
+        self.spec, self.n_step, width, hidden = spec, config.n_step, dims["width"], dims["hidden"]
         self.register_buffer("gammas", torch.tensor(config.gammas), persistent=False)
         self.encoder = TimestepEncoder(spec, width, hidden, config.hide_plan)
         self.transformer = Transformer(width, dims["layers"], dims["heads"], dims["ff"],
@@ -766,7 +764,7 @@ class Agent(nn.Module):
         s, later = states.index_select(0, packing.now), packing.now + 1  # (N, D), (N,)
         action, reward, done = (tokens[name][0, later] for name in ("action", "reward", "done"))
         N, G, C = len(s), len(self.gammas), self.critics.num_critics
-        target = self.td_target(states[later], reward, done, pair)       # (N, G)
+        target = self.td_target(states[later], reward, done, pair, packing.now)      # (N, G)
         self.popart.update(target)
         # q: the critics at the action that was taken. v: at the policy's, with neither the critics
         # nor s in the graph, so that the actor's losses reach the trunk through pi alone.
@@ -793,8 +791,8 @@ class Agent(nn.Module):
                 {name: x.detach() for name, x in info.items()})
 
     @torch.no_grad()
-    def td_target(self, after, reward, done, pair=None):
-        """after (..., D), the next states; reward, done (...) -> targets (..., G)"""
+    def td_target(self, after, reward, done, pair=None, now=None):
+        """after (N, D), the next states; reward, done, now (N,), see Packing -> targets (N, G)"""
         pi = self.target_actor(after)
         # REDQ [5]: the lower of two critics, drawn anew for every update. The lowest of all would
         # be too pessimistic, their mean too optimistic.
@@ -805,7 +803,12 @@ class Agent(nn.Module):
             q = self.target_critics(after, pi.rsample(), members=pair)   # sample(): a GPU waits
         assert q.shape == done.shape + (2, len(self.gammas)), q.shape
         value = self.popart.denormalize(self.popart(q.amin(-2)))
-        return td_targets(reward, done, value, self.gammas)
+        y = td_targets(reward, done, value, self.gammas)
+        # n steps: the target of the next step in place of V(s'), where the slice goes on.
+        for _ in range(self.n_step - 1):
+            onward = F.pad(now.diff() == 1, (0, 1)).unsqueeze(-1)        # (N, 1)
+            y = td_targets(reward, done, torch.where(onward, y.roll(-1, 0), value), self.gammas)
+        return y
 
 
 # ==================================================================================================
@@ -869,8 +872,7 @@ class ReplayBuffer:
                              f" environment; the least is {spec.horizon + 1}")
         self.tokens = spec.token_arrays(capacity)
         # Ring of trajectories: the oldest is at `first`, there are `count`.
-        self.starts = np.zeros(capacity // 2 + 1, np.int64)
-        self.lengths = np.zeros(capacity // 2 + 1, np.int64)
+        self.starts, self.lengths = np.zeros((2, capacity // 2 + 1), np.int64)
         self.first = self.count = self.write = 0
         self.replayed = 0                                # transitions handed out so far
 
@@ -1282,10 +1284,8 @@ class Learner:
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
-        saved, theirs = state["optimizer"], state["optimizer"]["param_groups"][0]
-        group = dict(self.optimizer.state_dict()["param_groups"][0], params=theirs["params"])
-        group["lr"].fill_(theirs["lr"])                      # may have been on another device
-        self.optimizer.load_state_dict(dict(saved, param_groups=[group]))
+        mine, saved = self.optimizer.state_dict(), state["optimizer"]    # on another device, maybe
+        self.optimizer.load_state_dict(dict(saved, param_groups=mine["param_groups"]))
         self.updates, self.started = state["updates"], state["started"]
 
 

@@ -31,9 +31,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-def make_agent(kind, critics=3):
+def make_agent(kind, critics=3, n_step=1):
     """A nano agent whose targets and PopArt are no longer what they were at the start."""
-    agent = Agent(SPECS[kind], Config(gammas=GAMMAS, critics=critics))
+    agent = Agent(SPECS[kind], Config(gammas=GAMMAS, critics=critics, n_step=n_step))
     with torch.no_grad():
         for p in [*agent.target_actor.parameters(), *agent.target_critics.parameters()]:
             p += 0.1 * torch.randn_like(p)
@@ -389,14 +389,19 @@ def test_actor_loss_by_hand():
 def loss_by_hand(agent, popart, batch):
     """Agent.loss as loops over rollouts, steps, gammas and critics, of which there are two, so that
     the target has no choice. `popart` is the agent's from before the loss; it is updated here."""
-    tokens, td, online, offline, targets = batch["tokens"], [], [], [], []
+    tokens, td, online, offline = batch["tokens"], [], [], []
     s, real = agent.trunk(tokens), list(zip(*torch.where(batch["mask"])))
-    for b, t in real:
+
+    def target(b, t, steps):
+        """(G,): so many rewards from step t on, then the value, or as many as the rollout has."""
         after = s[b, t + 1][None]                                        # (1, D)
         next_q = policy_value(agent.target_critics, agent.target_actor(after), after)[0]
         next_value = popart.denormalize(popart(next_q.amin(0)))          # (G,)
+        if steps > 1 and batch["mask"][b, t + 1:t + 2].any():
+            next_value = target(b, t + 1, steps - 1)
         going_on = 0 if batch["done"][b, t] else 1
-        targets.append(tokens["reward"][b, t + 1] + agent.gammas * going_on * next_value)
+        return tokens["reward"][b, t + 1] + agent.gammas * going_on * next_value
+    targets = [target(b, t, agent.n_step) for b, t in real]
     popart.update(torch.stack(targets), torch.ones(len(targets), dtype=torch.bool))
     for (b, t), y in zip(real, targets):
         now, action = s[b, t][None], tokens["action"][b, t + 1]          # it led to token t + 1
@@ -413,13 +418,15 @@ def loss_by_hand(agent, popart, batch):
     return [torch.stack(terms).mean() for terms in (td, online, offline)]
 
 
+@pytest.mark.parametrize("n_step", [1, 2, 3, 9])
 @both_kinds
-def test_loss_equals_loops(kind, monkeypatch):
+def test_loss_equals_loops(kind, n_step, monkeypatch):
     """Catches s_t taken for s_t+1, an action or reward of another step, online heads for target
-    heads, and old statistics for new ones: the whole of Agent.loss against its definition."""
+    heads, old statistics for new ones, and n steps that are one more or run into the next rollout:
+    the whole of Agent.loss against its definition."""
     for sample in ("sample", "rsample"):                # a continuous policy without its noise
         monkeypatch.setattr(Normal, sample, lambda self, _: self.mean)
-    agent, batch = make_agent(kind, critics=2).eval(), make_batch(kind)
+    agent, batch = make_agent(kind, 2, n_step).eval(), make_batch(kind, (5, 1, 3, 4))
     before = copy.deepcopy(agent.popart)                # loss_by_hand updates it on its own
     with torch.no_grad():
         loss, info = agent.loss(batch)

@@ -530,14 +530,14 @@ def test_what_may_change_on_resume(monkeypatch, capsys):
     use(monkeypatch, Choice)
     assert am.main(train("probe", 30, "--out", "run")) == 0
     before = contents(".")
-    for option in ("--lr 0.5", "--env gym:CartPole-v1", "--gammas 0.5 0.9", "--seed 3",
+    for option in ("--tau 0.5", "--env gym:CartPole-v1", "--gammas 0.5 0.9", "--seed 3",
                    "--bootstrap-truncated", "--out elsewhere", "--batch=5"):
         capsys.readouterr()
         assert am.main(["--resume", "run", *option.split()]) == 2
         message = one_line(capsys.readouterr().err)
         flag = option.split()[0].split("=")[0]
         assert f"{flag} may not change" in message and "--env-steps" in message
-        assert "--lr" not in message.split("these may")[1]
+        assert "--tau" not in message.split("these may")[1]
     for option in ("--eval run", "--render x.gif", "--instruction eat"):
         assert am.main(["--resume", "run", *option.split()]) == 2
         assert "--eval FOLDER" in one_line(capsys.readouterr().err)
@@ -556,8 +556,25 @@ def test_what_stays_the_same_may_be_said_again(monkeypatch, capsys):
     same = "--lr 0 --gammas .5 .90 --size nano --weight-decay 1e-3 --no-hide-plan --batch 4e0"
     assert am.main(["--resume", "run", "--env-steps", "33", *same.split()]) == 0
     assert saved("run")["env_steps"] == 33
-    assert am.main(["--resume", "run", "--env-steps", "33", "--lr", "1e-3"]) == 0
-    assert am.main(["--resume", "run", "--env-steps", "33", "--lr", "2e-3"]) == 2
+    assert am.main(["--resume", "run", "--env-steps", "33", "--tau", "1e-2"]) == 0
+    assert am.main(["--resume", "run", "--env-steps", "33", "--tau", "2e-2"]) == 2
+
+
+def test_a_learning_rate_may_fall_on_resume(monkeypatch):
+    """Catches a rate that is refused, or written down and not learned with. At 1e-9 nothing moves
+    by more than rounding."""
+    use(monkeypatch, Choice)
+    assert am.main(train("probe", 60, "--out", "run")) == 0
+    old, updates = saved("run")["learner"]["agent"], saved("run")["learner"]["updates"]
+    assert am.main(["--resume", "run", "--env-steps", "120", "--lr", "1e-9"]) == 0
+    state = saved("run")
+    assert state["config"]["lr"] == 1e-9 and state["learner"]["updates"] > updates
+    for name in ("actor.mlp.0.weight", "encoder.mlp.0.weight", "transformer.norm.weight"):
+        torch.testing.assert_close(state["learner"]["agent"][name], old[name], atol=1e-6, rtol=0)
+    assert am.main(["--resume", "run", "--env-steps", "180", "--lr", "0"]) == 0
+    assert saved("run")["config"]["lr"] == 1e-3          # the one of the size
+    assert not torch.allclose(saved("run")["learner"]["agent"]["actor.mlp.0.weight"],
+                              old["actor.mlp.0.weight"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("goal", ["none", "0.5"])
