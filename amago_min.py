@@ -1284,7 +1284,7 @@ class Learner:
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
-        mine, saved = self.optimizer.state_dict(), state["optimizer"]    # on another device, maybe
+        mine, saved = self.optimizer.state_dict(), state["optimizer"]    # its moments, our rate
         self.optimizer.load_state_dict(dict(saved, param_groups=mine["param_groups"]))
         self.updates, self.started = state["updates"], state["started"]
 
