@@ -109,8 +109,7 @@ class Config:
     hide_plan: bool = option(False, "show the agent only the current goal of its instruction")
     # learning
     batch: int = option(24, "rollouts per update", low=1, high=10**5)
-    lr: float = option(0.0, "learning rate; 0 = the one that goes with --size", low=0, high=1,
-                       free=True)
+    lr: float = option(0.0, "learning rate; 0 = that of --size", low=0, high=1, free=True)
     warmup: int = option(100, "updates over which the learning rate rises from 0", low=1)
     weight_decay: float = option(1e-3, "AdamW's decoupled weight decay", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
@@ -1284,7 +1283,8 @@ class Learner:
         self.agent.load_state_dict(state["agent"])
         self.average.load_state_dict(state["average"])
         self.average.keep()
-        mine, saved = self.optimizer.state_dict(), state["optimizer"]    # its moments, our rate
+        mine, saved = self.optimizer.state_dict(), state["optimizer"]
+        mine["param_groups"][0]["lr"].fill_(saved["param_groups"][0]["lr"])  # stays on this device
         self.optimizer.load_state_dict(dict(saved, param_groups=mine["param_groups"]))
         self.updates, self.started = state["updates"], state["started"]
 

@@ -623,9 +623,11 @@ def find_runs(folder):
     return sorted(longest.values(), key=lambda curve: curve.path)
 
 
-# What may differ between runs that are seeds of one experiment.
+# What may differ between runs that are seeds of one experiment: not the learning rate, though that
+# is free to change on --resume.
 ALIKE = {"seed", "out", "resume", "eval", "render", "versions", "commit", "command", "env",
-         *(field.name for field in dataclasses.fields(am.Config) if field.metadata["free"])}
+         *(field.name for field in dataclasses.fields(am.Config)
+           if field.metadata["free"] and field.name != "lr")}
 
 
 # What an option takes away from the algorithm, in words.

@@ -168,7 +168,7 @@ MUTANTS = [  # (the bug, file, old text: exactly once in the file, new text, tes
     ("targets of n steps run backwards", AMAGO,
      "y.roll(-1, 0)", "y.roll(1, 0)", LOSSES + "loss_equals_loops"),
     ("the learning rate may not fall on resume", AMAGO,
-     "low=0, high=1,\n                       free=True)", "low=0, high=1)",
+     '--size", low=0, high=1, free=True)', '--size", low=0, high=1)',
      RESUME + "a_learning_rate_may_fall_on_resume"),
     ("mean over critics instead of min", AMAGO,
      "self.popart(q.amin(-2))", "self.popart(q.mean(-2))", LOSSES + "loss_equals_loops"),
