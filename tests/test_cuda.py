@@ -165,7 +165,7 @@ def test_a_recorded_update_is_the_same_update(kind, device):
     """Catches a learning rate, a gradient or weights of the recording that later updates use, what
     moves in memory between two updates, and batches with padding that are taken for full ones."""
     config = am.Config(critics=3, gammas=(.5, .9, .99), amp="off", warmup=20)
-    agent = make_agent(kind).to(device).eval()
+    agent = make_agent(kind, n_step=2).to(device).eval()
     plain, fast = (am.Learner(copy.deepcopy(agent), config) for _ in range(2))
     plain.gradient_again.usable = plain.step_again.usable = False
     recording(fast)
@@ -245,7 +245,7 @@ def loss_and_gradients(agent, batch, device, amp=False):
 def test_the_loss_and_its_gradients_are_those_of_a_cpu(kind):
     """Catches anything that a GPU computes differently, with padding and without."""
     for lengths in ((5, 3, 1), (5, 5, 5)):
-        agent, batch = make_agent(kind), make_batch(kind, lengths)
+        agent, batch = make_agent(kind, n_step=2), make_batch(kind, lengths)
         (mine, here, expected), (other, there, found) = (
             loss_and_gradients(agent, batch, device) for device in ("cpu", "cuda"))
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-5)
@@ -319,7 +319,7 @@ def test_an_update_waits_for_the_gpu_once(kind):
 @gpu
 def test_a_compiled_loss_is_the_same_loss():
     """Catches what a compiler makes of the loss, recorded, with another batch's numbers."""
-    agent = make_agent("discrete").cuda()
+    agent = make_agent("discrete", n_step=2).cuda()
     plain = am.Config(critics=3, gammas=(.5, .9, .99), amp="off")
     compiled = am.Config(**dict(vars(plain), compile=True))
     learners = [am.Learner(copy.deepcopy(agent).eval(), config) for config in (plain, compiled)]

@@ -727,7 +727,7 @@ def test_two_processes_learn_like_one(tmp_path):
     """Catches gradients, PopArt, input or sigma statistics that two processes do not share, or in
     which a process counts as much as the other although it has fewer steps: after 5 updates they
     have one state, which is that of one process that learned from both batches."""
-    spec, config = am.Spec(vector=3, actions=4, horizon=9), am.Config(warmup=1)
+    spec, config = am.Spec(vector=3, actions=4, horizon=9), am.Config(warmup=1, n_step=2)
     batches = [batch_of(spec, (9, 8, 7), 1), batch_of(spec, (2, 1, 3, 5), 2)]
 
     def learn(sample):
