@@ -15,7 +15,7 @@ How to read it
     15 minutes      Config, Trajectory (the picture), Agent.loss, train
     steal a piece   SigmaLinear, KVCache, PopArt, Critics and td_targets run when pasted alone
 Letters       B batch (rollouts)    T transitions (so T+1 tokens)    D width     H attention heads
-              G discount factors    C critics      A actions or action dimensions
+              G discount factors    C critics      A actions (dimensions)          L cache slots
               N real steps, or environments    K goals asked, M met in a step, W words in a goal
 Conventions   tensors are batch first; masks are bool, True = a real step; the LAST gamma acts.
 
@@ -81,8 +81,7 @@ class Config:
     # on which machine
     device: str = option("auto", "cpu, cuda, cuda:N, or auto = CUDA if there is one", free=True)
     threads: int = option(0, "CPU threads; 0 = torch's own choice", low=0, high=1024, free=True)
-    workers: int = option(0, "processes that step the environments; 0 = this one. For slow ones",
-                          low=0, high=1024, free=True)
+    workers: int = option(0, "worker processes for slow environments", low=0, high=1024, free=True)
     amp: str = option("auto", "bfloat16 matrix products; auto = where they are faster",
                       choices=("auto", "on", "off"), free=True)
     compile: bool = option(False, "compile the loss: 1 or 2 minutes, then faster", free=True)
@@ -91,8 +90,8 @@ class Config:
     target_return: str = option("auto", "stop when an evaluation reaches this: a number, none, auto"
                                 " = the known maximum less 1 %%", words=("none", "auto"), free=True)
     out: str = option("", "folder to write to; if empty, runs/ENV-SEED")
-    eval_every: int = option(0, "env steps between evaluations, later a tenth of those so far; 0 ="
-                             " 1000, or a quarter of one evaluation's", low=0, free=True)
+    eval_every: int = option(0, "env steps between evaluations, later a tenth of all so far; 0 ="
+                             " 1000, or a quarter of an evaluation's if more", low=0, free=True)
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
@@ -100,7 +99,8 @@ class Config:
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
                                  " 24 at batch 24 = one update per new rollout", low=0.01)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
-    explore_steps: int = option(0, "until when noise fades; 0 = 2000 rollouts, >= 200 000", low=0)
+    explore_steps: int = option(0, "env steps over which noise fades; 0 = 200 000, 2000"
+                               " rollouts and 100 with a reward, whichever is last", low=0)
     context: int = option(1024, "longest rollout to learn from, and to remember while acting; of"
                          " longer ones, a random slice is learned", low=1)
     relabel: str = option("auto", "hindsight goals: none, some (a random number), all; auto = some,"
@@ -115,7 +115,7 @@ class Config:
     grad_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     gammas: tuple = option((.1, .9, .95, .97, .99, .995, .999),
                            "discount factors learned together; the last acts", low=0, high=.99999)
-    n_step: int = option(1, "rewards in a TD target before the critics' value", low=1, high=1000)
+    n_step: int = option(1, "rewards summed in a TD target before V, uncorrected", low=1, high=1000)
     critics: int = option(4, "critics in the ensemble", low=2, high=1000)
     tau: float = option(.01, "speed of the target networks", low=0, high=1)
     memory: int = option(0, "steps that attention reaches back; 1 = no memory, 0 = all", low=0)
@@ -211,8 +211,8 @@ class KVCache:
         env 1   [ k4   k5   k2   k3  ]           6       4 slots: k4 and k5 replaced k0 and k1
 
     Unwritten keys are NaN so that a mistake in the mask is loud; values start at 0 and stay finite,
-    as 0 NaN is NaN. For every token: `attention(x, rotation, cache, i)` in each layer i, whose x
-    is (N, 1, D), then `cache.end_step(ended)` once.
+    as 0 NaN is NaN. For every token: in each layer i attend to `append(i, k, v)`, softmax over the
+    slots `written`, as CausalAttention does; then call `end_step(ended)` once.
 
     keys, values: (layers, N, H, context, d_head), qkv's dtype; length: (N,) numpy, since the reset.
     """
@@ -733,13 +733,13 @@ class Agent(nn.Module):
         self.apply(lambda layer: layer.keep() if isinstance(layer, SigmaLinear) else None)
 
     def trunk(self, tokens, cache=None, packing=None):
-        """tokens (see `Trajectory`) -> s (B, T+1, D). Packed ones move the input statistics."""
+        """tokens -> s (B, T+1, D); packed, (1, N + B, D), and the input statistics learn."""
         x = self.encoder(tokens, learn=packing is not None)
         return self.transformer(x, tokens["time"], cache, packing)
 
     @torch.inference_mode()
     def act(self, tokens, cache):
-        """tokens of one step (N, 1, ...) -> actions (N,) or (N, A) of the last gamma's policy."""
+        """One step's tokens (N, 1, ...), see Collector.act -> the last gamma's actions (N, ...)"""
         assert not self.training, "act in eval mode: a training forward changes sigma's u and v"
         pi = self.actor(self.trunk(tokens, cache=cache)[:, 0])           # batch (N, G)
         if not self.spec.discrete:
@@ -752,7 +752,7 @@ class Agent(nn.Module):
         return self.loss(*args)    # DistributedDataParallel wraps calls
 
     def loss(self, batch, pair=None, packing=None):
-        """The one shared update on a batch from ReplayBuffer.sample -> (scalar, dict of scalars).
+        """For a batch of ReplayBuffer.sample -> (scalar, dict of scalars); moves all statistics.
 
             L = 10 L_TD + L_online + 0.1 L_offline
 
@@ -958,23 +958,23 @@ class ReplayBuffer:
 #    So pretend that this was asked for: goals that were missed give way to goals that were met.
 def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     """Algorithm 1 -> a new Trajectory, or the one given, never touched, if nothing is to be done.
-    Step t reached achieved[t], from the front (0 = none); reward is nonzero only where one counted.
+    achieved[t]: the goals that step t reached, then rows of 0; a reward: the next one was there.
 
-    reward_fn(instruction (K, W), progress, achieved (n, W)) -> (reward, new progress)
+    reward_fn(instruction (K, W), progress, achieved (M, W)) -> (reward, new progress)
     show_fn(instruction, progress) -> what the agent sees of it, (K, 1 + W)
     scheme: some = a random number of missed goals, all = as many as can be, none.
     rarity: a GoalRarity, to prefer goals that are rarely met; None = any step is as good."""
     goals = trajectory.obs["instruction"][0, :, 1:]                      # (K, W)
     k, T = int((goals[:, 0] != 0).sum()), len(trajectory)
     reached = trajectory.achieved                                        # (T, M, W)
-    # (1) n of the k goals were completed, at the steps `done`.
-    done = np.flatnonzero(trajectory.reward)
-    n = len(done)
+    # (1) n of the k goals were completed, at the steps `paid`.
+    paid = np.flatnonzero(trajectory.reward)
+    n = len(paid)
     # (2) Draw how many goals h to add,
     h = dict(none=0, some=int(rng.integers(k - n + 1)), all=k - n)[scheme]
     # (3) and so many other steps that reached something, with one of its goals each.
     busy = np.flatnonzero(reached[:, 0, 0])                              # steps that reached any
-    others = np.setdiff1d(busy, done)
+    others = np.setdiff1d(busy, paid)
     h = min(h, len(others))
     if h == 0:
         return trajectory
@@ -984,7 +984,7 @@ def relabel(trajectory, reward_fn, show_fn, rng, scheme="some", rarity=None):
     else:
         steps, chosen = rarity.choose(reached, others, h, rng)
     # (4) Merge them with the completed ones in order of time; the tail stays as it was.
-    met = sorted([*zip(done, goals), *zip(steps, chosen)], key=lambda pair: pair[0])
+    met = sorted([*zip(paid, goals), *zip(steps, chosen)], key=lambda pair: pair[0])
     instruction = np.stack([goal for _, goal in met] + list(goals[n + h:]))
     # (5) Replay: rewards, what the agent sees, and the end, which now may come earlier.
     reward, ended, progress = np.zeros(T, np.float32), trajectory.done.copy(), 0
@@ -1010,9 +1010,9 @@ class Exploration:
         epsilon = m [e_start - (e_start - e_end) (t - b) / horizon]   from step b on; before it, 0
         m ~ U(0, 1);   b = 0 or, equally likely, L - L^U(0, 1), L the length of the last rollout
 
-    e_start falls from 1 to .05, e_end from .8 to .01 over `anneal` env steps; if that is 0, over
-    2000 rollouts, at least 200 000 env steps, and not before 100 rollouts got a reward. Noise fades
-    within a rollout, too: late steps need an early part played well; a late b tries them after it.
+    e_start falls from 1 to .05, e_end from .8 to .01 over `anneal` env steps; if that is 0, as the
+    last of: 200 000 env steps, 2000 rollouts, 100 rollouts with a reward. Noise fades within a
+    rollout, too: late steps need an early part played well; a late b tries them after it.
     Discrete: a uniform action with probability epsilon. Continuous: + epsilon N(0, 1), b = 0."""
 
     def __init__(self, spec, n_envs, anneal, rng):

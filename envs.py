@@ -73,7 +73,7 @@ from tqdm import tqdm
 # Threads that share a product wait for each other in a loop before they sleep; GNU's OpenMP 300 000
 # times, some 15 ms. On a busy machine a loop keeps the core from the very thread that it waits for:
 # on two cores beside one busy process the main command then made .2 updates/s, with 20 000 times
-# 4.1; alone 24.1 and 23.0. It is read when torch is loaded.
+# 4; alone 24.1 and 23.0. It is read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -459,11 +459,14 @@ class Adapter(Seeded):
 
 
 def public_info(info):
-    """Only success is passed on: popgym's info holds card counts and bandit probabilities."""
+    """Only success, and reset = True where an inner episode begins, are passed on: popgym's info
+    holds card counts and bandit probabilities."""
+    reset = info.get("reset")
+    public = {"reset": True} if isinstance(reset, (bool, np.bool_)) and reset else {}
     for key in ("success", "is_success"):
         if info.get(key) is not None:
-            return {"success": float(info[key])}
-    return {}
+            return {**public, "success": float(info[key])}
+    return public
 
 
 # ---- 4. popgym ------------------------------------------------------------------------------

@@ -150,18 +150,26 @@ def positions():
 # ---- Other worlds ----
 
 
-def worlds():
-    """One row per run of the other environments: best and last evaluation."""
+def worlds(earlier=False):
+    """One row per run of the other environments: best and last evaluation. earlier: those with
+    earlier defaults alone, else those without."""
     header = ("environment", "seed", "best return:", "at the end:", "success:", "env steps:",
               "updates:", "minutes:", "random:", "best known:")
     rows = []
     for curve in runs_in("worlds", "crafter", "long"):
+        if bool(marks([curve])) != earlier:
+            continue
         known = {} if optional(curve) else plots.look_up(curve.options["env"])[1]
         returns, success = curve.columns["return_mean"], curve.columns["success"][-1]
         rows.append([env_of(curve), curve.options["seed"], number(returns.max()),
                      number(returns[-1]), number(success), *at(curve, -1),
                      number(known.get("random")), number(known.get("best"))])
     return markdown(header, rows)
+
+
+def earlier():
+    """The runs that `worlds` leaves out, in notebooks/results/notes.md."""
+    return worlds(earlier=True)
 
 
 # ---- Ablations ----
@@ -196,7 +204,8 @@ def ablations():
     return markdown(header, rows)
 
 
-TABLES = {table.__name__: table for table in (popgym, positions, worlds, ablations)}
+TABLES = {table.__name__: table for table in (popgym, positions, worlds, earlier,
+                                                   ablations)}
 
 if __name__ == "__main__":
     if wrong := set(sys.argv[1:]) - set(TABLES):

@@ -1,6 +1,7 @@
 """README.md and amago_min.py say what is true: commands, tables, references, sizes.
 
-`python tests/test_docs.py` writes the tables of options, columns and results into README.md.
+`python tests/test_docs.py` writes the tables of options, columns and results into README.md, and
+those of notebooks/results/notes.md.
 """
 
 import ast
@@ -24,7 +25,7 @@ import mutate  # noqa: E402
 from notebooks import tables  # noqa: E402
 
 PROGRAM = (FOLDER / "amago_min.py").read_text()
-README = FOLDER / "README.md"
+README, NOTES = FOLDER / "README.md", FOLDER / "notebooks/results/notes.md"
 needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
 
 
@@ -59,28 +60,28 @@ def columns_table():
 
 
 TABLES = {"options": options_table, "columns": columns_table, **tables.TABLES}
-HERE = [name for name in TABLES if README.exists() and f"<!-- {name} -->" in README.read_text()]
+HERE = [(page, name) for page in (README, NOTES) for name in TABLES
+        if page.exists() and f"<!-- {name} -->" in page.read_text()]
 
 
 def filled_in(text, name):
-    """README.md's text with the table between <!-- name --> and <!-- end -->."""
+    """A page's text with the table between <!-- name --> and <!-- end -->."""
     head, found, rest = text.partition(f"<!-- {name} -->\n")
-    assert found, f"README.md has no place for {name}"
+    assert found, f"no place for {name}"
     return head + found + TABLES[name]() + "\n" + rest[rest.index("<!-- end -->"):]
 
 
-@needs_readme
-@pytest.mark.parametrize("name", HERE)
-def test_readme_has_the_table(name):
-    """Catches a default, an option, a column or a log that changed after README was written."""
-    text = README.read_text()
+@pytest.mark.parametrize("page, name", HERE, ids=[name for _, name in HERE])
+def test_pages_have_the_tables(page, name):
+    """Catches a default, an option, a column or a log that changed after a page was written."""
+    text = page.read_text()
     assert filled_in(text, name) == text, "run python tests/test_docs.py"
 
 
 @needs_readme
 def test_readme_has_the_tables_that_it_must_have():
     """Catches a marker that was lost, and with it the test above."""
-    assert {"options", "columns", "popgym", "positions", "worlds", "ablations"} <= set(HERE)
+    assert {name for _, name in HERE} == set(TABLES)
 
 
 def write_run(folder, rows, commit="abc", **options):
@@ -113,8 +114,11 @@ def test_tables_of_results_by_hand(tmp_path, monkeypatch, capsys):
         "| `rotary` | 0: -.25 at 5,000<br>1: **.99** after 5,000 | not run | not run |"]
 
     write_run(tmp_path / "worlds" / "t", ["0,0,0,-1,0", "9,8,66,.5,.75"], env="tmaze:100")
+    write_run(tmp_path / "worlds" / "u", ["0,0,0,-1,0"], tables.IN_NONE[0], env="tmaze:100")
     assert tables.worlds().splitlines()[2:] == [
         "| tmaze:100 | 0 | .50 | .50 | .75 | 9 | 8 | 1.1 | -.75 | 1.00 |"]
+    assert tables.earlier().splitlines()[2:] == [
+        "| tmaze:100 * | 0 | -1.00 | -1.00 | .00 | 0 | 0 | 0.00 | -.75 | 1.00 |"]
 
     maze = dict(env="maze:7x7?goals=1")
     write_run(tmp_path / "ablations" / "a", ["0,0,0,.1,.1", "9,1,60,.2,.2", "99,9,99,1,1"], **maze)
@@ -233,6 +237,34 @@ def test_the_environment_to_add_runs(tmp_path, monkeypatch):
     assert code.count("\n") <= 25
 
 
+@needs_readme
+def test_the_world_with_instructions_to_add_runs(tmp_path, monkeypatch, capsys):
+    """Catches an example whose goals are not asked for, reached or relabeled as README says."""
+    section = README.read_text().partition("### Add your own")[2].partition("\n## ")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.S)[1]
+    commands = [shlex.split(x) for x in re.findall(r"`python walk.py ([^`]*)`", section)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").symlink_to(FOLDER / "notebooks")
+    monkeypatch.setattr(am.environments, "SUITES", dict(am.environments.SUITES))
+    exec(code, dict(__name__="walk"))
+    relabeled = []
+    monkeypatch.setattr(am, "relabel", lambda x, *how, really=am.relabel: (
+        relabeled.append((x, really(x, *how))), relabeled[-1][1])[1])
+    assert [am.main(smoke(command)) for command in commands] == [0, 0]
+    assert any(new.reward.sum() > old.reward.sum() for old, new in relabeled)
+    assert "goal 2: done in" in capsys.readouterr().out and (tmp_path / "walk.png").exists()
+
+
+@needs_readme
+def test_an_agent_acts_from_python_as_readme_says(tmp_path, monkeypatch, capsys):
+    """Catches lines to copy that stop, or that play no rollout."""
+    monkeypatch.chdir(tmp_path)
+    assert am.main(smoke(["--env", "popgym:RepeatPrevious"])) == 0
+    section = README.read_text().partition("**From Python**")[2]
+    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], names := {})
+    assert len(names["ended"][0][1]) == 51 and "return_mean" in capsys.readouterr().out
+
+
 def test_there_are_commands():
     """Catches a test above that tests nothing."""
     assert len(commands_in(am.__doc__)) >= 4
@@ -242,11 +274,18 @@ def test_there_are_commands():
 
 
 @needs_readme
-def test_files_that_readme_names_exist():
+@pytest.mark.parametrize("page", [README, NOTES], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
     """Catches a link, an image or a script that leads nowhere."""
-    text = README.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python ([\w/]+\.py)", text):
-        assert target.startswith("http") or (FOLDER / target).exists(), target
+    text = page.read_text()
+    for target, part in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", text):
+        target = (page.parent / target) if target else page
+        assert "http" in str(target) or target.exists(), target
+        if part:
+            titles = re.findall(r"^#+ (.+)", target.read_text(), re.M)
+            assert part in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles]
+    for target in re.findall(r"python ([\w/]+\.py)", text):
+        assert (FOLDER / target).exists(), target
 
 
 @needs_readme
@@ -355,7 +394,5 @@ def test_the_first_exercise_expects_what_its_log_says():
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    for name in HERE:
-        text = filled_in(text, name)
-    README.write_text(text)
+    for page, name in HERE:
+        page.write_text(filled_in(page.read_text(), name))

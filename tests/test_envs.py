@@ -379,11 +379,16 @@ def test_popgym_info_leaks_nothing(name):
     assert infos == [{}, {}] and infos[0] is not infos[1]
 
 
-def test_info_hands_on_success_alone():
-    for given_info in ({"success": True, "answer": 3}, {"is_success": 1, "answer": 3}):
-        env = envs.Adapter(Recorder(info=given_info), "test", 10)
-        for info in (env.reset()[1], env.step(0)[4]):
-            assert info == {"success": 1.0} and info is not given_info
+@pytest.mark.parametrize("given_info, expected", [
+    ({"success": True, "answer": 3}, {"success": 1.0}), ({"is_success": 1}, {"success": 1.0}),
+    ({"reset": True, "success": 0}, {"reset": True, "success": 0.0}),
+    ({"reset": np.bool_(True)}, {"reset": True}), ({"reset": False}, {}),
+    ({"reset": np.arange(3)}, {})], ids=str)                 # another package's, of another meaning
+def test_info_hands_on_success_and_where_an_inner_episode_begins(given_info, expected):
+    """Catches what the agent must not see, and a `reset` that README promises and nobody gets."""
+    env = envs.Adapter(Recorder(info=given_info), "test", 10)
+    for info in (env.reset()[1], env.step(0)[4]):
+        assert info == expected and info is not given_info
 
 
 def test_numpy_scalars_become_plain(monkeypatch):

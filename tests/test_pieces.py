@@ -22,7 +22,8 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 TABLE = README.partition("Pieces to copy")[2].partition("\n## ")[0]
 ROWS = {name: set(re.findall(r"`(\w+)`", needs))
         for name, needs in re.findall(r"^\| `(\w+)` \| .* \| ([^|]+) \|$", TABLE, re.M)}
-ALONE = {"SigmaLinear", "KVCache", "PopArt", "Critics", "td_targets", "Trajectory"}
+ALONE = {"SigmaLinear", "KVCache", "PopArt", "Critics", "td_targets", "critic_loss",
+         "actor_loss", "Trajectory"}
 
 
 def source(name):
@@ -119,6 +120,17 @@ def td_targets(names):
     torch.testing.assert_close(target, torch.tensor([[[2., 4.6], [1., 1.]]]))
 
 
+def critic_loss(names):
+    q, target = torch.tensor([[[1., 2.], [3., 2.]]]), torch.tensor([[1., 4.]])
+    assert names["critic_loss"](q, target) == (0 + 4 + 4 + 4) / 4
+
+
+def actor_loss(names):
+    value, log_prob = torch.tensor([[[1., 2.], [3., 0.]]]), torch.tensor([[-1., -8.]])
+    online, offline = names["actor_loss"](value, log_prob, torch.tensor([[.1, -.1]]))
+    assert (online, offline) == (-(1 + 0) / 2, 1 / 2)
+
+
 def trajectory_of(names, T=3, **more):
     """T steps, with an instruction of two goals (they are 1 and 2) of which no step reached any."""
     obs = dict(vector=np.ones((T + 1, 2), np.float32),
@@ -169,7 +181,8 @@ def replay_buffer(names):
 
 AT_WORK = dict(SigmaLinear=sigma_linear, KVCache=kv_cache, Packing=packing,
                CausalAttention=causal_attention, StableBlock=stable_block, PopArt=popart,
-               Critics=critics, td_targets=td_targets, Trajectory=trajectory, relabel=relabel,
+               Critics=critics, td_targets=td_targets, critic_loss=critic_loss,
+               actor_loss=actor_loss, Trajectory=trajectory, relabel=relabel,
                ReplayBuffer=replay_buffer)
 
 
