@@ -54,6 +54,13 @@ updates/s alone / beside one busy process / beside three (alone: relative to the
 Small, Crafter, batches of ever new shapes in bfloat16, one thread beside three trainings: oneDNN
 builds code for each of them, 540 ms per update (float32 570; one shape again and again 425, 575),
 and keeps it: 4.6 GB; with caches for 64 instead of 1 024 of them 1.3 GB, as fast         kept
+Paper, RP, on an AMD EPYC without bfloat16 (141 GFLOP/s, notebooks/results/speed/cpu-epyc-fp32.txt),
+two threads: a compiled update is 222 ms (plain 256), of which matrix products 159, attention 19,
+bias copied into an output before a product 4, AdamW 2.5:
+    attention of short rollouts (52 tokens) as products, baddbmm with a mask, softmax, in place of
+      scaled_dot_product_attention: by itself 3.3 -> 1.5 ms; of an update, one thread beside other
+      work, ms of processor time: small 180 -> 179, paper 546 -> 538; compiled small 165 -> 161,
+      paper 448 -> 441                                                               not used
 Paper on an NVIDIA H200, whose host needs 20 us to launch a kernel (results/speed/gpu-h200.txt),
 contexts 256, 1024, 8192, updates/s; the GPU is busy for 4.8 ms of 29 at 256, 107 of 115 at 8192:
     kernel by kernel, 1 200 of them: 33, 27, 8.7
