@@ -95,9 +95,9 @@ class Config:
     episodes: int = option(64, "whole episodes per evaluation", low=1, free=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", low=0, free=True)
     # data
-    parallel_envs: int = option(16, "environments that act side by side", low=1, high=10**5)
+    parallel_envs: int = option(16, "environments that act side by side", low=1, high=10**4)
     replay_ratio: float = option(24.0, "how often each environment step is replayed, on average:"
-                                 " 24 at batch 24 = one update per new rollout", low=0.01)
+                                 " 24 at batch 24: one update per new rollout", low=.01, high=1000)
     buffer_steps: int = option(1_000_000, "capacity of the replay buffer, in time steps", low=100)
     explore_steps: int = option(0, "env steps over which noise fades; 0 = 200 000, 2000"
                                " rollouts and 100 with a reward, whichever is last", low=0)
@@ -856,10 +856,8 @@ class Trajectory:
 
 
 class ReplayBuffer:
-    """Whole trajectories, first in first out, in flat preallocated arrays.
+    """Whole trajectories, first in first out: (start, length) in flat ring arrays of tokens.
 
-    All tokens lie one after the other in ring arrays; a trajectory is (start, length). A batch is
-    one slice per rollout and array, with no Python loop over time steps.
     relabel: a function Trajectory -> Trajectory, applied to every rollout that is drawn.
     rarity: a GoalRarity, which counts the goals of every rollout that comes in."""
 
@@ -944,8 +942,8 @@ class ReplayBuffer:
 
     def restore(self, state):
         """Into an empty buffer of the same capacity: what `state` gave, as tensors."""
-        self.first, self.count = 0, len(state["starts"])
-        self.write, self.replayed = state["write"], state["replayed"]
+        self.count, self.replayed = len(state["starts"]), state["replayed"]
+        self.write = state["write"]
         self.starts[:self.count], self.lengths[:self.count] = state["starts"], state["lengths"]
         each(lambda mine, saved: np.copyto(mine[:len(saved)], saved), self.tokens, state["tokens"])
         if self.rarity:
@@ -1139,10 +1137,13 @@ class Collector:
                     keys=self.cache.keys.cpu(), values=self.cache.values.cpu())
 
     def restore(self, state):
-        """What `state` gave, as tensors; if that held no rollouts, the ones begun here stay."""
+        """What `state` gave, as tensors; for rollouts that cannot be brought back, others begin."""
         self.env_steps, noise = state["env_steps"], self.exploration     # earlier ones may lack:
         noise.begun, noise.barren = state.get("begun", noise.begun), state.get("barren", 0)
-        if "envs" in state:
+        others = self.envs.restore(json.loads(state.get("envs", "[]")), self.env_steps)
+        for i, first in enumerate(others):
+            self._begin(i, *first)
+        if not others:
             each(lambda mine, saved: np.copyto(mine[:, :saved.shape[1]], saved), self.tokens,
                  state["tokens"])
             self.time, self.episode = state["time"].numpy(), json.loads(state["episode"])
@@ -1151,7 +1152,6 @@ class Collector:
             self.cache.values.copy_(state["values"])
             self.cache.length = state["length"].numpy()
             self.cache.begin_step()
-            self.envs.call("restore", json.loads(state["envs"]))
 
 
 def evaluate(agent, env, episodes, context=1024, seed=0, max_envs=32, stop=lambda: False):

@@ -417,7 +417,7 @@ class Adapter(Seeded):
         return self.encode(observation), public_info(info)
 
     def reset_inner(self, seed, options):
-        return self.inner.reset(seed=seed, options=options)
+        return self.inner.reset(seed=seed % 2**32, options=options)  # all that some take
 
     def step(self, action):
         try:
@@ -577,7 +577,7 @@ class Labyrinth(Adapter):
     def reset_inner(self, seed, options):
         outside = random.getstate(), np.random.get_state()
         try:
-            return self.inner.reset(seed=seed % 2**32, options=options)  # all that these take
+            return super().reset_inner(seed, options)
         finally:
             random.setstate(outside[0])
             np.random.set_state(outside[1])
@@ -2289,6 +2289,10 @@ class BrokenEnvironment(RuntimeError):
     """An environment broke its own contract; the message names environment, step and key."""
 
 
+class Unrepeatable(BrokenEnvironment):
+    """An episode cannot be brought back: the environment does not follow its seed."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message describes the batch."""
 
@@ -2327,7 +2331,10 @@ class Shard:
         self.check(i, observation)
         return observation, self.envs[i].episode
 
-    def begin_all(self, _=None):
+    def begin_all(self, skip=None):
+        """skip: so many of each one's next episodes are left out"""
+        for env, n in zip(self.envs, skip or ()):
+            env.np_random.bit_generator.advance(n)
         return [self.begin(i) for i in range(len(self.envs))]
 
     def step(self, actions):
@@ -2356,20 +2363,28 @@ class Shard:
                 for env, actions in zip(self.envs, self.actions)]
 
     def restore(self, states):
-        """The inverse: begin each episode again, and take the same actions."""
+        """The inverse. BrokenEnvironment, whatever an environment raises: the file is all right."""
         for i, (episode, actions, generator) in enumerate(states):
-            env = self.envs[i]
-            self.begin(i, {"episode": episode})
-            for action in actions:
-                if not isinstance(env.action_space, spaces.Discrete):
-                    action = np.array(action, env.action_space.dtype)
-                _, _, terminated, truncated, _ = env.step(action)
-                self.time[i] += 1
-                self.actions[i].append(action)
-                if terminated or truncated:
-                    raise self.broken(i, "the same episode and actions end earlier than before a"
-                                      " checkpoint; the environment does not follow its seed")
-            env.np_random.bit_generator.state = generator
+            try:
+                self.play_again(i, episode, actions)
+            except Exception as problem:
+                raise broken_by(problem, self) from problem
+            self.envs[i].np_random.bit_generator.state = generator
+
+    def play_again(self, i, episode, actions):
+        """Begin this episode again in environment i, and take the same actions."""
+        env = self.envs[i]
+        self.begin(i, {"episode": episode})
+        for action in actions:
+            if not isinstance(env.action_space, spaces.Discrete):
+                action = np.array(action, env.action_space.dtype)
+            _, _, terminated, truncated, _ = env.step(action)
+            self.time[i] += 1
+            self.actions[i].append(action)
+            if terminated or truncated:
+                raise Unrepeatable(str(self.broken(
+                    i, "the same episode and actions end earlier than before a checkpoint;"
+                    " the environment does not follow its seed")))
 
     def check(self, i, observation):
         space = self.envs[i].observation_space
@@ -2433,15 +2448,18 @@ class ParallelEnvs:
         if not self.pipes:
             command, arguments = self.sent
             return getattr(self.shard, command)(arguments)
-        results = []
+        results, wrong = [], None
         for pipe in self.pipes:
             try:
                 result = pipe.recv()
             except (EOFError, ConnectionResetError):
                 raise BrokenEnvironment("a worker process that steps environments died") from None
             if isinstance(result, Exception):
-                raise result
-            results += result or ()
+                wrong = wrong or result                   # all have to be heard, or some lag behind
+            else:
+                results += result or ()
+        if wrong:
+            raise wrong
         return results
 
     def call(self, command, arguments=None):
@@ -2452,6 +2470,18 @@ class ParallelEnvs:
         """-> what `restore` takes, one entry per environment; None if a worker is gone"""
         with contextlib.suppress(BrokenEnvironment):
             return self.call("state")
+
+    def restore(self, states, skip):
+        """Every environment as `state` found it -> []. Where that is not to be had (one broke then,
+        or does not follow its seed), all begin anew, with none of their first `skip` episodes ->
+        what begin_all gives. BrokenEnvironment if one fails meanwhile."""
+        try:
+            if states:
+                self.call("restore", states)
+                return []
+        except Unrepeatable as problem:
+            say(f"The rollouts under way are lost: {problem}")
+        return self.call("begin_all", [skip] * self.parts[-1].stop)
 
     def close(self):
         """End the workers. Without it they end with their pipes, or with this process."""
@@ -2484,12 +2514,15 @@ def serve(pipe, *arguments):
                 shard = shard or Shard(*arguments)
                 pipe.send(getattr(shard, command)(argument))
             except Exception as problem:
-                if not isinstance(problem, (BrokenEnvironment, ModuleNotFoundError, UsageError)):
-                    what = f"{type(problem).__name__}: {problem} (--workers 0 shows where)"
-                    what = " ".join(what.split())          # on one line
-                    problem = (shard.broken(shard.now, what) if shard else
-                               BrokenEnvironment(f"{arguments[0]}: {what}"))
-                pipe.send(problem)
+                pipe.send(broken_by(problem, shard, arguments[0], " (--workers 0 shows where)"))
+
+
+def broken_by(problem, shard, name="", hint=""):
+    """What an environment raised as a BrokenEnvironment of one line, or what it is already."""
+    if isinstance(problem, (BrokenEnvironment, ModuleNotFoundError, UsageError)):
+        return problem
+    what = " ".join(f"{type(problem).__name__}: {problem}{hint}".split())
+    return shard.broken(shard.now, what) if shard else BrokenEnvironment(f"{name}: {what}")
 
 
 # ---- 13. What an agent must know of an environment --------------------------------------------
@@ -2668,10 +2701,11 @@ class Log:
         processes."""
         self.config, self.env, self.writes = config, env, writes
         self.goal = stopping_return(config, env)
-        self.rows, self.next_eval = [], 0
+        self.rows, self.next_eval, self.restored = [], 0, False
         self.returns, self.sums, self.count = [], {}, 0       # since the last row
         self.clock = dict(acting=0.0, learning=0.0)           # seconds since the run began
-        self.saved_at = time.monotonic()
+        # A new run's first checkpoint follows its first evaluation, so that it can be resumed.
+        self.saved_at = time.monotonic() if config.resume else -math.inf
         self.folder = (Path(config.resume or config.out) if config.resume or not writes
                        else output_folder(config))
         known = ", ".join(f"{name} {value:g}" for name, value in env.references.items()) or "?"
@@ -2696,7 +2730,7 @@ class Log:
             options = dict(dataclasses.asdict(self.config), versions=versions,
                            commit=git.stdout.strip(), command=" ".join(sys.argv))
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.claim_folder()
                 self.json("config.json", options)
                 self.csv()
             except OSError as problem:
@@ -2719,6 +2753,20 @@ class Log:
             finally:
                 if self.rows and self.writes:
                     self.finish()
+
+    def claim_folder(self):
+        """Of runs that start at once, each gets its own. FileExistsError if --out is taken."""
+        if self.config.resume and not self.restored:
+            raise UsageError("resume: train(*parse_command_line(['--resume', DIR])) also loads it")
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                open(self.folder / "log.csv", "a" if self.config.resume else "x").close()
+                return
+            except FileExistsError:
+                if self.config.out:
+                    raise
+                self.folder = output_folder(self.config)
 
     def reached_goal(self):
         return bool(self.rows) and self.rows[-1]["return_mean"] >= self.goal
@@ -2805,7 +2853,7 @@ class Log:
                     returns=self.returns, count=self.count)
 
     def restore(self, state):
-        vars(self).update(state)
+        vars(self).update(state, restored=True)
         if self.rows:      # --eval-every may be a smaller one now, and counts from the last row on
             self.next_eval = min(self.next_eval, self.next_after(self.rows[-1]["env_steps"]))
 
@@ -2841,6 +2889,9 @@ def summary(trajectories):
     for it and do it, their mean number of steps until it is done); a step that does one is paid 1.
     """
     returns = [float(trajectory.reward.sum()) for trajectory in trajectories]
+    success = np.array([trajectory.success for trajectory in trajectories])
+    if not np.isnan(success).all():                    # some environments name successes alone
+        success = np.nan_to_num(success)
     starts = [[0, *1 + np.flatnonzero(x.reset[1:-1])] for x in trajectories]
     rewards = [np.split(x.reward, begin[1:]) for x, begin in zip(trajectories, starts)]
     inner = itertools.zip_longest(*([part.sum() for part in parts] for parts in rewards),
@@ -2853,9 +2904,8 @@ def summary(trajectories):
         goals.append((len(steps) / sum(n > k for n in asked),
                       float(np.mean(steps)) if steps else math.nan))
     return dict(return_mean=float(np.mean(returns)), return_std=float(np.std(returns)),
-                success=float(np.mean([trajectory.success for trajectory in trajectories])),
-                episodes=len(returns), inner_returns=[float(np.nanmean(x)) for x in inner],
-                goals=goals)
+                success=float(np.mean(success)), episodes=len(returns),
+                inner_returns=[float(np.nanmean(x)) for x in inner], goals=goals)
 
 
 def in_words(score, when=""):

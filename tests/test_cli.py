@@ -244,7 +244,7 @@ BAD = [  # arguments; what the message has to contain: the wrong word and the ne
     ("-x", "-x", "nearest: --"),
     ("sed 3", "sed", "nearest: --seed"),
     ("--batch 999999999999", "--batch 999999999999", "100000"),
-    ("--env-steps 1 --parallel-envs 100000000000", "--parallel-envs 100000000000", "100000"),
+    ("--env-steps 1 --parallel-envs 100000000000", "--parallel-envs 100000000000", "10000"),
     ("--critics 999999999999", "--critics 999999999999", "1000"),
     ("--context 9999999999999999999999999", "--context 9999999999", "1000000000000"),
     ("--buffer-steps 1000000000000000", "--buffer-steps 10000000", "1000000000000"),

@@ -547,6 +547,15 @@ def test_summary_tells_when_each_goal_was_done():
         "  goal 2: done in 0.500 of the episodes that ask for it, after 5.0 steps on average"]
 
 
+@pytest.mark.parametrize("successes, expected", [
+    ([1, np.nan, 1, np.nan], .5), ([1, 0], .5), ([np.nan, np.nan], np.nan)], ids=str)
+def test_an_episode_without_a_success_is_none_where_others_have_one(successes, expected):
+    """Catches a column that is empty, or 1, where only successes are named."""
+    score = environments.summary([types.SimpleNamespace(
+        reward=np.ones(2), reset=np.zeros(3, bool), success=x, obs={}) for x in successes])
+    np.testing.assert_equal(score["success"], expected)
+
+
 def test_goals_of_inner_episodes_are_counted_in_each():
     """Two rollouts of two inner episodes, by hand: the first goal is done in 3 of 4, after 2, 3 and
     1 steps; the second in 1 of the 3 that ask for it, after 3."""

@@ -132,6 +132,17 @@ def test_copies_continue_exactly(name, clone):
     same(stream(env, 300), stream(twin, 300))
 
 
+def test_seeds_that_old_generators_cannot_take(monkeypatch):
+    """Catches --seed 2147 and more, whose environments' seeds have more than 32 bits."""
+    seeds = []
+    monkeypatch.setattr(Recorder, "reset", lambda self, *, seed, options: (
+        seeds.append(np.random.RandomState(seed).randint(9)), (0, {}))[1])
+    env = envs.Adapter(Recorder(), "test", 10)
+    for seed in (3, 2**32 + 3):
+        env.reset(seed=seed)
+    assert len(seeds) == 2 and seeds[0] == seeds[1]
+
+
 def test_seed_also_seeds_np_random():
     one, two = (make_env("popgym:RepeatFirst", seed=5).np_random.random() for _ in range(2))
     assert one == two

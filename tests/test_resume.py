@@ -258,6 +258,15 @@ def test_a_second_interrupt_saves_nothing_half_done():
 # ---- kill -9 ----
 
 
+def test_a_run_that_is_killed_before_its_first_ten_minutes():
+    """Catches a folder that can neither be resumed nor started again."""
+    def killed():
+        call_at(am.Collector, "act", 40, kill_me)
+    assert exit_code(fork_main(train(POLE, 300, "--out", "run"), killed)) == -signal.SIGKILL
+    assert am.main(resume("run", 300)) == 0
+    assert_like_straight("run")
+
+
 def wait_for_checkpoints(pid, number):
     """Until process pid has written so many, or has ended."""
     path, seen = pathlib.Path("run/checkpoint.pt"), set()
@@ -652,6 +661,85 @@ def test_an_environment_that_does_not_follow_its_seed_is_named():
         shard.restore(state)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rollouts_that_cannot_come_back_give_way_to_others(workers, monkeypatch, capfd):
+    """Catches a run that can never go on, as one environment does not follow its seed, and workers
+    of which one is a step behind after that."""
+    forked_workers(monkeypatch)
+    assert am.main(train(POLE, 120, "--out", "run")) == 0
+    shard = am.environments.Shard
+
+    def elsewhere(self, i, episode, actions):
+        raise am.environments.Unrepeatable("number 1 went another way")
+    monkeypatch.setattr(shard, "play_again", elsewhere)
+    capfd.readouterr()
+    assert am.main(resume("run", 300, "--workers", str(workers))) == 0
+    assert "rollouts under way are lost: number 1 went another way" in capfd.readouterr().out
+    assert len(numbers("run")) == 6 and saved("run")["env_steps"] == 300
+
+
+def test_an_environment_that_fails_on_resume_is_not_the_files_fault(monkeypatch, capfd):
+    """Catches a good checkpoint that is called damaged, because a server is down for a moment."""
+    assert am.main(train(POLE, 120, "--out", "run")) == 0
+    before = {path: path.read_bytes() for path in pathlib.Path("run").iterdir()}
+
+    def down(*_):
+        raise ConnectionError("no route")
+    with monkeypatch.context() as patch:
+        patch.setattr(am.environments.gymnasium.Wrapper, "step", down)
+        assert am.main(resume("run", 300)) == 1
+    message = one_line(capfd.readouterr().err)
+    assert "ConnectionError: no route" in message and "damaged" not in message
+    assert {path: path.read_bytes() for path in pathlib.Path("run").iterdir()} == before
+    assert am.main(resume("run", 300)) == 0
+    assert_like_straight("run")
+
+
+def test_a_level_that_breaks_is_not_begun_again(monkeypatch):
+    """Catches a run that, resumed after an environment broke, plays its first episodes again, and
+    so comes to the broken one again and again."""
+    begin, begun = am.environments.Shard.begin, []
+
+    def note(shard, i, options=None):
+        first = begin(shard, i, options)
+        if len(shard.envs) == 3:                             # not an evaluation's two
+            begun.append(first[1])
+            if len(begun) == 8:
+                raise shard.broken(i, "its level is wrong")
+        return first
+    monkeypatch.setattr(am.environments.Shard, "begin", note)
+    assert am.main(train(POLE, 300, "--out", "run")) == 1
+    assert am.main(resume("run", 300)) == 0
+    again, later = begun[8:11], begun[11:]                   # what a new Collector begins, and then
+    assert again == begun[:3] and len(later) > 10
+    assert not set(later) & set(begun[:8]) and len(numbers("run")) == 6
+
+
+def test_python_cannot_start_over_in_a_folder_to_resume():
+    """Catches train(Config(resume=DIR)), without the checkpoint, that writes over the run."""
+    assert am.main(train(POLE, 120, "--out", "run")) == 0
+    before = {path: path.read_bytes() for path in pathlib.Path("run").iterdir()}
+    with pytest.raises(am.UsageError, match="also loads it"):
+        am.train(am.Config(env=POLE, resume="run", env_steps=10, episodes=1))
+    assert {path: path.read_bytes() for path in pathlib.Path("run").iterdir()} == before
+
+
+def test_runs_that_start_at_once_get_a_folder_each():
+    """Catches two runs in one folder: both had looked before either had written."""
+    env = am.environments.make_env(POLE)
+
+    def logs(**options):
+        return [am.Log(am.Config(env=POLE, **options), env, "agent") for _ in range(2)]
+    one, two = logs()
+    assert one.folder == two.folder
+    with one.files(lambda end: None), two.files(lambda end: None):
+        assert one.folder != two.folder and (two.folder / "config.json").exists()
+    one, two = logs(out="mine")
+    with one.files(lambda end: None), pytest.raises(am.UsageError, match="mine cannot be written"):
+        with two.files(lambda end: None):
+            pass
+
+
 def test_a_first_save_that_fails_leaves_the_results(monkeypatch, capfd):
     """Catches evaluations that are lost with the checkpoint, and a list of files that are not
     there."""
@@ -1003,7 +1091,8 @@ def test_a_worker_that_is_gone_when_all_is_saved(monkeypatch):
         envs.processes[0].join()
         return real(envs)
     with monkeypatch.context() as patch:
-        patch.setattr(am.environments.ParallelEnvs, "state", killed)
+        patch.setattr(am.environments.ParallelEnvs, "state", real)     # to be undone
+        call_at(am.environments.ParallelEnvs, "state", 2, killed)      # the first is at the start
         assert am.main(train(POLE, 120, "--out", "run", "--workers", "2")) == 0
     state = saved("run")
     assert state["env_steps"] == 120 and state["learner"]["updates"] > 0
