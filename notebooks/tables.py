@@ -204,8 +204,8 @@ def ablations():
     return markdown(header, rows)
 
 
-TABLES = {table.__name__: table for table in (popgym, positions, worlds, earlier,
-                                                   ablations)}
+TABLES = {table.__name__: table
+          for table in (popgym, positions, worlds, earlier, ablations)}
 
 if __name__ == "__main__":
     if wrong := set(sys.argv[1:]) - set(TABLES):
